@@ -1,0 +1,1 @@
+"""From a file or an object to a checked `RunConfig`."""

@@ -1,0 +1,218 @@
+"""The native config of a run: its fixed sections and their options.
+
+The comment above a field is that option's entry in the reference.
+"""
+
+import math
+import re
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from eclosion.registry import part, part_type
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "EmaConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "SampleConfig",
+    "TrackConfig",
+    "TrainConfig",
+    "steps_in",
+]
+
+_DURATION = re.compile(r"\s*(\d[\d_]*)\s*(steps?|samples?|epochs?)\s*$")
+
+
+def _duration(value: object) -> object:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value} steps"
+    return value
+
+
+def _check_duration(value: str) -> str:
+    match = _DURATION.match(value)
+    if not match or int(match[1]) < 1:
+        raise ValueError(f"must be like '1000 steps', '100000 samples' or '50 epochs', not {value!r}")
+    return f"{int(match[1])} {match[2].rstrip('s')}s"
+
+
+# "1000 steps", "100000 samples" or "50 epochs"; a bare number counts steps.
+Duration = Annotated[str, BeforeValidator(_duration), AfterValidator(_check_duration)]
+
+
+def steps_in(duration: str, *, batch_size: int, epoch_samples: int) -> int:
+    """Optimizer steps that a duration such as "50 epochs" takes, rounded up to whole batches.
+
+    Args:
+        duration: as in a config.
+        batch_size: images per optimizer step, over all processes.
+        epoch_samples: images in one pass over the data.
+    """
+    amount, unit = _check_duration(duration).split()
+    samples = {"steps": batch_size, "samples": 1, "epochs": epoch_samples}[unit] * int(amount)
+    return math.ceil(samples / batch_size)
+
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+@part
+class DataConfig:
+    """Which images, and what the network sees of them."""
+
+    # Where the images come from: the name of a source, with its options.
+    source: part_type("sources")
+    # Height and width of the images that the network sees, in pixels; one number means a square.
+    image_size: Positive | tuple[Positive, Positive] = 64
+    # How an image reaches image_size: "cover" scales its shorter side and crops the rest, "stretch" changes its aspect ratio, "none" only crops.
+    resize: Literal["cover", "stretch", "none"] = "cover"
+    # Filter of the resize; all are antialiased.
+    interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
+    # Which part is kept when an image is larger than image_size.
+    crop: Literal["center", "random"] = "center"
+    # Whether each image is mirrored with probability one half.
+    horizontal_flip: bool = False
+    # Colour behind transparent images: a CSS colour name or "#rrggbb".
+    background: str = "white"
+    # Whether each epoch has its own order; off keeps the order of the source.
+    shuffle: bool = True
+    # Share of an epoch's images that may be skipped because they cannot be read; 0 stops at the first.
+    max_bad_fraction: Fraction = 0.0
+    # Threads that decode images; 0 decodes in the training thread.
+    num_threads: NonNegative = 2
+    # Memory for decoded images, in GiB; images beyond it are decoded again in each epoch.
+    cache_gb: Annotated[float, Field(ge=0)] = 1.0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+
+@part
+class OptimizerConfig:
+    """AdamW and its learning rate over time."""
+
+    # Learning rate after warm-up.
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    # Decay of the running means of the gradient and of its square.
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    # Added to the root of the second moment.
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    # Decoupled weight decay.
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    # Shape of the learning rate after warm-up; linear and cosine end at 0 on the last step.
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    # Steps over which the learning rate rises from 0.
+    lr_warmup_steps: NonNegative = 0
+
+
+@part
+class EmaConfig:
+    """Exponential moving averages of the weights; samples are made with the first."""
+
+    # One average per decay, each between 0 and 1; an empty list keeps none.
+    decays: list[Decay] = field(default_factory=lambda: [0.9999])
+    # Whether the decay rises as (1 + step) / (10 + step) until it reaches its value.
+    warmup: bool = True
+
+
+@part
+class TrainConfig:
+    """How long, in which batches, and in which precision."""
+
+    # How long to train: "1000 steps", "100000 samples" or "50 epochs"; rounded up to a whole batch.
+    duration: Duration = "100 epochs"
+    # Images per optimizer step, over all processes and micro-batches.
+    batch_size: Positive = 16
+    # Images per forward pass on one process; none means as many as a step has there. Smaller saves memory.
+    micro_batch_size: Positive | None = None
+    # Gradients are scaled so that their norm is at most this; none leaves them.
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    # "auto" takes bf16 where the hardware has it, else no; fp16 scales the loss.
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    # Networks that are not trained, by name.
+    freeze: list[str] = field(default_factory=list)
+    # Whether activations are computed twice to save memory.
+    gradient_checkpointing: bool = False
+    # Memory layout for convolutions; "auto" is on for CUDA and off on a CPU, where it is slow.
+    channels_last: Literal["auto"] | bool = "auto"
+    # Whether the networks are compiled; costs minutes at start.
+    compile: bool = False
+    # Where to train: "auto" takes a GPU if there is one.
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    # How several processes share the work: "ddp" copies the networks, "fsdp" splits them.
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    # Whether only algorithms that give the same bits each time are used.
+    deterministic: bool = True
+
+
+@part
+class SampleConfig:
+    """The pictures that a run makes of itself as it goes."""
+
+    # How often a grid is made; one is also made before the first and after the last step.
+    every: Duration = "1000 steps"
+    # Images in the grid; 0 makes none.
+    num_images: NonNegative = 16
+    # The algorithm that removes noise.
+    sampler: part_type("samplers") = "dpm_solver"
+    # How strongly images follow their condition; 1 is off.
+    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    # Image i of every grid starts from noise that depends on this and i alone.
+    seed: NonNegative = 0
+
+
+@part
+class CheckpointConfig:
+    """When the state of a run is written, and how much of it is kept."""
+
+    # How often a checkpoint is written; one is also written after the last step and when a signal stops the run.
+    every: Duration = "1000 steps"
+    # How many of the newest checkpoints are kept; at least two.
+    keep_last: Annotated[int, Field(ge=2)] = 2
+    # Checkpoints whose step is a multiple of this are kept for good.
+    keep_every: Positive | None = None
+
+
+@part
+class TrackConfig:
+    """Where numbers and pictures go; metrics.jsonl is always written."""
+
+    # How often numbers are logged.
+    every: Duration = "10 steps"
+    # Where else they go.
+    log: list[part_type("loggers")] = field(default_factory=lambda: ["console"])
+
+
+@part
+class RunConfig:
+    """Everything that decides a run."""
+
+    # Folder of the run: config, checkpoints, numbers and pictures.
+    output: Annotated[str, Field(min_length=1)]
+    # Which images, and what the network sees of them.
+    data: DataConfig
+    # What is trained: networks, noise and loss.
+    task: part_type("tasks") = "unconditional"
+    # Everything random in a run follows from this number.
+    seed: NonNegative = 0
+    # How long, in which batches, and in which precision.
+    train: TrainConfig = field(default_factory=TrainConfig)
+    # AdamW and its learning rate over time.
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    # Averages of the weights.
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    # Pictures made along the way.
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    # When the state is written.
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    # Where numbers go.
+    track: TrackConfig = field(default_factory=TrackConfig)

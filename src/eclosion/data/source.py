@@ -1,0 +1,67 @@
+"""What a data source promises."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from PIL.Image import Image
+
+__all__ = ["Sample", "Samples", "Source"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image as its source holds it, before any transform.
+
+    Attributes:
+        image: the decoded picture, in whatever mode and size the source has.
+        name: the file or member it came from, for messages and the ledger.
+        caption: text that describes it, if the source has any.
+        label: index into the source's class names, if it has any.
+    """
+
+    image: Image
+    name: str
+    caption: str | None = None
+    label: int | None = None
+
+
+class Samples(Protocol):
+    """An opened source: a fixed number of samples, each readable by its index from any thread.
+
+    Attributes:
+        fingerprint: a short hash of what the samples are; equal for equal data, however often it is opened.
+        class_names: the name of each label, or empty when samples have no label.
+        has_captions: whether samples have captions.
+    """
+
+    fingerprint: str
+    class_names: tuple[str, ...]
+    has_captions: bool
+
+    def __len__(self) -> int:
+        """How many samples an epoch has, readable or not."""
+        ...
+
+    def name(self, index: int) -> str:
+        """The file or member that holds a sample; costs no decoding."""
+        ...
+
+    def read(self, index: int) -> Sample:
+        """Decode one sample.
+
+        Raises:
+            BadSample: if it cannot be read.
+        """
+        ...
+
+
+class Source(Protocol):
+    """A part that finds samples: its fields are its options."""
+
+    def open(self) -> Samples:
+        """Find the samples without decoding them.
+
+        Raises:
+            DataError: if there are none.
+        """
+        ...

@@ -1,0 +1,249 @@
+"""Names of parts, and what a part is.
+
+A part is a small class whose fields are its options: `DDIM(num_inference_steps=50)`. A config
+names it, alone (`sampler: ddim`) or with options (`sampler: {name: ddim, eta: 1}`). The tables
+below map the name to `module:Class`; only the part that a config names is imported.
+
+A package from outside adds parts with the entry point group `eclosion.parts`, whose entries are
+called `<table>.<name>`, such as `samplers.unipc`.
+"""
+
+import dataclasses
+import inspect
+import io
+import re
+import tokenize
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+import pydantic
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from eclosion.errors import ConfigError, MissingExtraError, did_you_mean
+
+T = TypeVar("T")
+
+__all__ = [
+    "LOGGERS",
+    "MODELS",
+    "NOISE_SCHEDULES",
+    "SAMPLERS",
+    "SOURCES",
+    "TABLES",
+    "TASKS",
+    "Option",
+    "describe",
+    "dump",
+    "part",
+    "part_type",
+    "resolve",
+]
+
+SOURCES = {
+    "butterflies": "eclosion.data.butterflies:ButterfliesSource",
+    "clipart": "eclosion.data.clipart:ClipartSource",
+    "folder": "eclosion.data.folder:FolderSource",
+    "huggingface": "eclosion.data.huggingface:HuggingFaceSource",
+}
+MODELS = {
+    "diffusers": "eclosion.models.diffusers:DiffusersModel",
+}
+TASKS = {
+    "unconditional": "eclosion.tasks.unconditional:Unconditional",
+}
+NOISE_SCHEDULES = {
+    "cosine": "eclosion.diffusion.noise_schedule:Cosine",
+    "jsd": "eclosion.diffusion.noise_schedule:JSD",
+    "linear": "eclosion.diffusion.noise_schedule:Linear",
+    "quadratic": "eclosion.diffusion.noise_schedule:Quadratic",
+    "rectified_flow": "eclosion.diffusion.noise_schedule:RectifiedFlow",
+    "scaled_linear": "eclosion.diffusion.noise_schedule:ScaledLinear",
+    "sigmoid": "eclosion.diffusion.noise_schedule:Sigmoid",
+}
+SAMPLERS = {
+    "ddim": "eclosion.diffusion.samplers:DDIM",
+    "ddpm": "eclosion.diffusion.samplers:DDPM",
+    "dpm_solver": "eclosion.diffusion.samplers:DPMSolver",
+    "euler": "eclosion.diffusion.samplers:Euler",
+    "heun": "eclosion.diffusion.samplers:Heun",
+}
+LOGGERS = {
+    "console": "eclosion.tracking.console:ConsoleLogger",
+    "tensorboard": "eclosion.tracking.tensorboard:TensorBoardLogger",
+}
+TABLES: dict[str, dict[str, str]] = {
+    "tasks": TASKS,
+    "sources": SOURCES,
+    "models": MODELS,
+    "noise_schedules": NOISE_SCHEDULES,
+    "samplers": SAMPLERS,
+    "loggers": LOGGERS,
+}
+# The optional library that a part's file imports -> the extra that installs it.
+EXTRAS = {"datasets": "datasets", "tensorboard": "tensorboard"}
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
+def part(cls: type[T]) -> type[T]:
+    """Make a class a part: its fields become options, checked when it is built."""
+    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True)
+    return pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(cls)
+
+
+@cache
+def _outside() -> Mapping[str, str]:
+    return {entry.name: entry.value for entry in entry_points(group="eclosion.parts")}
+
+
+def names(table: str) -> dict[str, str]:
+    """All parts of a table, our own and those of installed packages: name -> `module:Class`."""
+    outside = {key.partition(".")[2]: to for key, to in _outside().items() if key.startswith(f"{table}.")}
+    return outside | TABLES[table]
+
+
+def resolve(table: str, name: str) -> type[Any]:
+    """The class that a name stands for; its module is imported now.
+
+    Args:
+        table: one of `TABLES`, such as "samplers".
+        name: a name in that table.
+
+    Raises:
+        ConfigError: if no part has that name.
+        MissingExtraError: if its library is not installed.
+    """
+    known = names(table)
+    if name not in known:
+        raise ConfigError(f"{name!r} is not one of the {table.replace('_', ' ')}.{did_you_mean(name, known)}")
+    module, _, attribute = known[name].partition(":")
+    try:
+        return getattr(import_module(module), attribute)  # type: ignore[no-any-return]
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in EXTRAS:
+            raise MissingExtraError(f"{table[:-1].replace('_', ' ')} {name!r}", EXTRAS[missing]) from error
+        raise
+
+
+def build(table: str, value: object) -> Any:
+    """The part that a piece of config describes: its name, or a mapping of name and options."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    kind = table[:-1].replace("_", " ")
+    if not isinstance(value, Mapping):
+        raise PydanticCustomError(
+            "part", "must be the name of a {kind}, or a mapping with its name and options", {"kind": kind}
+        )
+    options = dict(value)
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        hint = f"has no 'name'. Known {table.replace('_', ' ')}: {', '.join(sorted(names(table)))}."
+        raise PydanticCustomError("part", "{hint}", {"hint": hint})
+    try:
+        cls = resolve(table, name)
+    except ConfigError as error:
+        raise PydanticCustomError("part", "{message}", {"message": str(error)}) from error
+    return _adapter(cls).validate_python(options)
+
+
+@cache
+def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
+
+
+def part_type(table: str) -> Any:
+    """The annotation of a config field that holds a part of a table."""
+    return Annotated[Any, BeforeValidator(lambda value: build(table, value)), WithJsonSchema({"part": table})]
+
+
+def dump(value: Any) -> Any:
+    """A config value as plain JSON data; a part becomes its name and options."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: dump(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        name = _name_of(type(value))
+        return {"name": name, **fields} if name else fields
+    if isinstance(value, Mapping):
+        return {str(key): dump(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [dump(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
+
+
+def _name_of(cls: type[Any]) -> str | None:
+    target = f"{cls.__module__}:{cls.__qualname__}"
+    return next((name for table in TABLES for name, to in names(table).items() if to == target), None)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a part or a config section, as documentation shows it."""
+
+    name: str
+    type: str
+    default: str
+    text: str
+
+
+def describe(cls: type[Any]) -> list[Option]:
+    """The options of a part: name, type, default, and the comment above the field."""
+    comments: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if base.__module__ != "builtins":
+            comments |= _comments(base)
+    return [
+        Option(f.name, _type_name(f.type), _default(f), comments.get(f.name, ""))
+        for f in dataclasses.fields(cls)
+        if f.init
+    ]
+
+
+def _comments(cls: type[Any]) -> dict[str, str]:
+    """Field name -> the comment lines right above it."""
+    try:
+        source = inspect.getsource(cls)
+    except (OSError, TypeError):
+        return {}
+    found: dict[str, str] = {}
+    pending: list[str] = []
+    for token in tokenize.generate_tokens(io.StringIO(inspect.cleandoc(source)).readline):
+        line = token.line.strip()
+        if token.type == tokenize.COMMENT and line.startswith("#"):
+            pending.append(token.string.lstrip("# ").rstrip())
+        elif token.type == tokenize.NAME and token.line[: token.start[1]].strip() == "":
+            if re.match(r"\w+\s*:", line):
+                found.setdefault(token.string, " ".join(pending))
+            pending = []
+    return found
+
+
+def _type_name(annotation: object) -> str:
+    if isinstance(annotation, str):
+        return annotation
+    metadata = getattr(annotation, "__metadata__", ())
+    for item in metadata:
+        if isinstance(item, WithJsonSchema) and item.json_schema and "part" in item.json_schema:
+            return f"one of the {item.json_schema['part'].replace('_', ' ')}"
+    if metadata:
+        annotation = annotation.__origin__  # type: ignore[attr-defined]
+    text = annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    return re.sub(r"\b(typing|pathlib|collections\.abc|eclosion(\.\w+)*)\.", "", text)
+
+
+def _default(field: "dataclasses.Field[Any]") -> str:
+    default = field.default
+    factory: Callable[[], Any] | object = field.default_factory
+    if hasattr(default, "get_default"):  # pydantic's Field(...)
+        default = default.get_default(call_default_factory=True)
+        return "required" if repr(default) == "PydanticUndefined" else str(dump(default))
+    if default is not dataclasses.MISSING:
+        return str(dump(default))
+    return str(dump(factory())) if callable(factory) and factory is not dataclasses.MISSING else "required"

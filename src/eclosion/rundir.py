@@ -1,0 +1,97 @@
+"""Names and paths inside a run folder. Nothing else spells them."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from eclosion.errors import ConfigError
+
+__all__ = ["RunDir"]
+
+STEP_FOLDER = re.compile(r"step-(\d{8,})$")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run folder: where a run keeps its config, checkpoints, numbers and pictures.
+
+    It is the interface between the command line, the report, trackers and benchmarks.
+    """
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The native config of the run, as JSON."""
+        return self.root / "config.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder with one `step-N` folder per checkpoint."""
+        return self.root / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per line: step, samples_seen, and numbers by name."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        """One JSON object per finished epoch: delivered, and skipped by reason."""
+        return self.root / "ledger.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """One JSON object per start, resume, accepted change and end of the run."""
+        return self.root / "events.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Folder with one grid per preview."""
+        return self.root / "samples"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder with TensorBoard's event files."""
+        return self.root / "tensorboard"
+
+    @property
+    def report(self) -> Path:
+        """The static page of the run."""
+        return self.root / "report.html"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the one process that writes to this folder."""
+        return self.root / "lock"
+
+    @property
+    def error_log(self) -> Path:
+        """Tracebacks of what went wrong."""
+        return self.root / "error.log"
+
+    @property
+    def replay(self) -> Path:
+        """Folder with the bundle that replays a step whose loss was not finite."""
+        return self.root / "replay"
+
+    def checkpoint(self, step: int) -> Path:
+        """Folder of the checkpoint taken after `step` optimizer updates."""
+        return self.checkpoints / f"step-{step:08d}"
+
+    def sample_grid(self, step: int) -> Path:
+        """The preview grid made after `step` optimizer updates."""
+        return self.samples / f"step-{step:08d}.png"
+
+    def inside(self, name: str) -> Path:
+        """The path `name` in this folder; ConfigError if it would lead outside."""
+        path = (self.root / name).resolve()
+        if not path.is_relative_to(self.root.resolve()):
+            raise ConfigError(f"{name!r} leads outside the run folder {self.root}. Give a path inside it.")
+        return path
+
+
+def step_of(folder: Path) -> int | None:
+    """The step that a checkpoint folder's name states, or None if it is no checkpoint."""
+    match = STEP_FOLDER.match(folder.name)
+    return int(match[1]) if match else None
