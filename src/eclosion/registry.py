@@ -29,6 +29,7 @@ from eclosion.errors import ConfigError, MissingExtraError, did_you_mean
 T = TypeVar("T")
 
 __all__ = [
+    "DIALECTS",
     "LOGGERS",
     "MODELS",
     "NOISE_SCHEDULES",
@@ -42,6 +43,7 @@ __all__ = [
     "part",
     "part_type",
     "resolve",
+    "table_of",
 ]
 
 SOURCES = {
@@ -76,6 +78,9 @@ LOGGERS = {
     "console": "eclosion.tracking.console:ConsoleLogger",
     "tensorboard": "eclosion.tracking.tensorboard:TensorBoardLogger",
 }
+DIALECTS = {
+    "hf_tutorial": "eclosion.config.hf_tutorial:DIALECT",
+}
 TABLES: dict[str, dict[str, str]] = {
     "tasks": TASKS,
     "sources": SOURCES,
@@ -83,6 +88,7 @@ TABLES: dict[str, dict[str, str]] = {
     "noise_schedules": NOISE_SCHEDULES,
     "samplers": SAMPLERS,
     "loggers": LOGGERS,
+    "dialects": DIALECTS,
 }
 # The optional library that a part's file imports -> the extra that installs it.
 EXTRAS = {"datasets": "datasets", "tensorboard": "tensorboard"}
@@ -163,6 +169,14 @@ def part_type(table: str) -> Any:
     return Annotated[Any, BeforeValidator(lambda value: build(table, value)), WithJsonSchema({"part": table})]
 
 
+def table_of(annotation: object) -> str | None:
+    """The table whose parts a field with this annotation holds, or None."""
+    for item in getattr(annotation, "__metadata__", ()):
+        if isinstance(item, WithJsonSchema) and item.json_schema and "part" in item.json_schema:
+            return str(item.json_schema["part"])
+    return None
+
+
 def dump(value: Any) -> Any:
     """A config value as plain JSON data; a part becomes its name and options."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -228,12 +242,10 @@ def _comments(cls: type[Any]) -> dict[str, str]:
 def _type_name(annotation: object) -> str:
     if isinstance(annotation, str):
         return annotation
-    metadata = getattr(annotation, "__metadata__", ())
-    for item in metadata:
-        if isinstance(item, WithJsonSchema) and item.json_schema and "part" in item.json_schema:
-            return f"one of the {item.json_schema['part'].replace('_', ' ')}"
-    if metadata:
-        annotation = annotation.__origin__  # type: ignore[attr-defined]
+    if table := table_of(annotation):
+        return f"one of the {table.replace('_', ' ')}"
+    if hasattr(annotation, "__metadata__"):
+        annotation = annotation.__origin__
     text = annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
     return re.sub(r"\b(typing|pathlib|collections\.abc|eclosion(\.\w+)*)\.", "", text)
 

@@ -200,6 +200,10 @@ class RunConfig:
     output: Annotated[str, Field(min_length=1)]
     # Which images, and what the network sees of them.
     data: DataConfig
+    # Whether a finished or different run in the folder is replaced; an unfinished run of this config is always continued.
+    overwrite: bool = False
+    # The diffusers pipeline written into the folder when training is done.
+    export: Literal["no", "ddpm", "ddim"] = "no"
     # What is trained: networks, noise and loss.
     task: part_type("tasks") = "unconditional"
     # Everything random in a run follows from this number.

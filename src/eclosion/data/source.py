@@ -1,11 +1,12 @@
 """What a data source promises."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from PIL.Image import Image
+from torch import Tensor
 
-__all__ = ["Sample", "Samples", "Source"]
+__all__ = ["KeyedSamples", "Sample", "Samples", "Source"]
 
 
 @dataclass(frozen=True)
@@ -13,13 +14,15 @@ class Sample:
     """One image as its source holds it, before any transform.
 
     Attributes:
-        image: the decoded picture, in whatever mode and size the source has.
+        image: the decoded picture, in whatever mode and size the source has; or a tensor [3, H, W] that
+            is already what the network shall see (uint8 0..255, or float32 in [-1, 1]), which no
+            transform touches.
         name: the file or member it came from, for messages and the ledger.
         caption: text that describes it, if the source has any.
         label: index into the source's class names, if it has any.
     """
 
-    image: Image
+    image: Image | Tensor
     name: str
     caption: str | None = None
     label: int | None = None
@@ -48,6 +51,23 @@ class Samples(Protocol):
 
     def read(self, index: int) -> Sample:
         """Decode one sample.
+
+        Raises:
+            BadSample: if it cannot be read.
+        """
+        ...
+
+
+@runtime_checkable
+class KeyedSamples(Protocol):
+    """Samples whose reading may itself be random, such as a user's own data set with augmentation.
+
+    They are read in the training thread, one after the other, with a seed that belongs to the position
+    in the run; and never kept, because the next epoch may see them otherwise.
+    """
+
+    def read_keyed(self, index: int, seed: int) -> Sample:
+        """As `Samples.read`; whatever is random about it follows from the seed.
 
         Raises:
             BadSample: if it cannot be read.

@@ -1,0 +1,108 @@
+"""What may change when a run is resumed.
+
+Identity keys decide what the run is: other values make it another run. Schedule keys decide how
+it goes on: a change is the user's word, and is recorded. All other keys are free.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from eclosion.config.load import leaves
+from eclosion.errors import ConfigError
+
+__all__ = ["Change", "compare", "kind_of"]
+
+IDENTITY = (
+    "seed",
+    "task",
+    "data.source",
+    "data.image_size",
+    "data.resize",
+    "data.interpolation",
+    "data.crop",
+    "data.horizontal_flip",
+    "data.background",
+    "data.shuffle",
+    "ema.decays",
+)
+SCHEDULE = (
+    "train.duration",
+    "train.batch_size",
+    "train.max_grad_norm",
+    "train.mixed_precision",
+    "train.freeze",
+    "optimizer",
+    "ema.warmup",
+    "data.max_bad_fraction",
+)
+FREE = (
+    "output",
+    "overwrite",
+    "export",
+    "data.num_threads",
+    "data.cache_gb",
+    "train.micro_batch_size",
+    "train.gradient_checkpointing",
+    "train.channels_last",
+    "train.compile",
+    "train.device",
+    "train.parallel",
+    "train.deterministic",
+    "sample",
+    "checkpoint",
+    "track",
+)
+Kind = Literal["identity", "schedule", "free"]
+
+
+def kind_of(path: str) -> Kind:
+    """Which of the three classes a key belongs to; a key that stands in none is an identity key."""
+
+    def under(prefixes: tuple[str, ...]) -> bool:
+        return any(path == prefix or path.startswith(f"{prefix}.") for prefix in prefixes)
+
+    return "schedule" if under(SCHEDULE) else "free" if under(FREE) else "identity"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key whose value is not the one the run was started with."""
+
+    path: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.before!r} -> {self.after!r}"
+
+
+def compare(
+    before: Mapping[str, Any], after: Mapping[str, Any], *, accept: bool, where: str
+) -> list[Change]:
+    """The schedule keys that changed, if that is accepted.
+
+    Args:
+        before: native config in the checkpoint.
+        after: native config now.
+        accept: whether the user accepts changed schedule keys.
+        where: the checkpoint, for the message.
+
+    Raises:
+        ConfigError: if identity keys differ, or schedule keys differ and that is not accepted.
+    """
+    old, new = dict(leaves(before)), dict(leaves(after))
+    changes = [Change(p, old.get(p), new.get(p)) for p in sorted(old.keys() | new.keys()) if old.get(p) != new.get(p)]
+    identity = [c for c in changes if kind_of(c.path) == "identity"]
+    if identity:
+        raise ConfigError(
+            [f"{c} would make it another run than the one in {where}." for c in identity]
+            + ["Put the values back, or choose another output folder."]
+        )
+    schedule = [c for c in changes if kind_of(c.path) == "schedule"]
+    if schedule and not accept:
+        raise ConfigError(
+            [f"{c} changes how the run in {where} goes on." for c in schedule]
+            + ["Put the values back, or pass --accept-changes."]
+        )
+    return schedule

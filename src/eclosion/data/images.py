@@ -1,0 +1,178 @@
+"""From the bytes of an image file to eight-bit RGB: the rules.
+
+Formats     JPEG, PNG, WebP, GIF and BMP. Every other format, TIFF included, is refused: convert it first.
+Size        more than `MAX_PIXELS` pixels is an error, found before any pixel is decoded.
+Damage      a file that ends early is an error, and never half an image.
+Rotation    the orientation in EXIF is applied. An EXIF block that cannot be read counts as upright.
+Animation   the first frame is taken.
+Alpha       transparency, of an alpha channel, a palette entry or a key colour, is flattened on a background colour:
+            out = round((alpha * colour + (255 - alpha) * background) / 255).
+16 bit      grey v in 0..65535 becomes round(v * 255 / 65535). Of 16-bit colour Pillow reads the upper byte.
+1 bit       becomes 0 and 255. Grey is copied into the three channels.
+CMYK        R = (255 - C)(255 - K) / 255, and so on; JPEG files with Adobe's marker hold inverted inks, others do not.
+Profiles    colour profiles are not applied: numbers are taken as sRGB.
+"""
+
+import re
+import warnings
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+
+# named, so that Pillow does not import the plugins of forty other formats when it first meets a WebP file
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError, WebPImagePlugin
+
+from eclosion.errors import BadSample
+
+__all__ = ["FORMATS", "MAX_PIXELS", "SUFFIXES", "decode", "to_rgb"]
+
+FORMATS = ("JPEG", "PNG", WebPImagePlugin.WebPImageFile.format, "GIF", "BMP")
+# In lower case; files may spell them in any.
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
+# 9459 x 9459 pixels
+MAX_PIXELS = 89_478_485
+# First bytes of formats that people bring and that are refused, for a message that helps.
+REFUSED = (
+    (re.compile(rb"II\*\0|MM\0\*"), "a TIFF"),
+    (re.compile(rb"....ftyp(heic|heix|mif1|msf1)", re.DOTALL), "a HEIF"),
+    (re.compile(rb"....ftypavi[fs]", re.DOTALL), "an AVIF"),
+    (re.compile(rb"8BPS"), "a Photoshop"),
+    (re.compile(rb"%PDF"), "a PDF"),
+    (re.compile(rb"\s*<(\?xml|svg)"), "an SVG or XML"),
+)
+# Pillow's remarks about metadata that we do not use are dropped; its remark about a huge image is an error.
+WARNING_RULES = (
+    ("ignore", None, UserWarning, re.compile(r"PIL\."), 0),
+    ("error", None, Image.DecompressionBombWarning, None, 0),
+)
+
+
+def decode(data: bytes | Path, name: str) -> Image.Image:
+    """The picture in an image file, upright, in the file's own mode.
+
+    Args:
+        data: the content of the file, or its path.
+        name: what to call it in an error.
+
+    Raises:
+        BadSample: reason "missing", "unreadable", "empty", "not_an_image", "too_large", "truncated" or "damaged".
+    """
+    raw = data if isinstance(data, bytes) else _read(data, name)
+    if not raw:
+        raise BadSample(name, "empty", "the file is empty.")
+    _hush()
+    try:
+        with Image.open(BytesIO(raw), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise _too_large(name, f"{image.width} x {image.height}")
+            image.load()
+            return _upright(_adobe(image))
+    except UnidentifiedImageError as error:
+        raise BadSample(name, "not_an_image", _not_an_image(raw)) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large(name, re.sub(r"\D*(\d+).*", r"\1", str(error))) from error
+    except (BadSample, MemoryError):
+        raise
+    except Exception as error:  # on a hostile file a decoder fails in ways that no list foresees
+        raise _broken(name, raw, error) from error
+
+
+def to_rgb(image: Image.Image, background: str | tuple[int, int, int] = "white", *, name: str = "image") -> Image.Image:
+    """The picture in mode RGB, by the rules at the top of this file.
+
+    Args:
+        image: a picture in any of Pillow's modes.
+        background: colour behind transparent parts: a CSS name, "#rrggbb" or three numbers.
+        name: what to call it in an error.
+
+    Raises:
+        BadSample: reason "mode" if its numbers have no known range, such as floating point.
+    """
+    _hush()
+    if image.mode.startswith("I"):
+        return _sixteen_bit_to_rgb(image, background, name)
+    if image.mode in {"RGBa", "La"}:  # premultiplied
+        image = image.convert(image.mode.upper())
+    if image.has_transparency_data or image.mode in {"RGBA", "LA", "PA"}:
+        image = image.convert("RGBA")
+        return _flatten(image.convert("RGB"), image.getchannel("A"), background)
+    if image.mode in {"RGB", "L", "1", "P", "RGBX", "CMYK", "YCbCr", "HSV"}:
+        return image.convert("RGB")
+    raise BadSample(name, "mode", f"is in Pillow's mode {image.mode!r}, whose range is not known. Convert it to RGB.")
+
+
+def _flatten(colour: Image.Image, alpha: Image.Image, background: str | tuple[int, int, int]) -> Image.Image:
+    canvas = Image.new("RGB", colour.size, background)
+    canvas.paste(colour, mask=alpha)
+    return canvas
+
+
+def _sixteen_bit_to_rgb(image: Image.Image, background: str | tuple[int, int, int], name: str) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+        raise BadSample(
+            name, "mode", "has whole numbers outside 0..65535, whose range is not known. Convert it to RGB."
+        )
+    grey = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    key = image.info.get("transparency")
+    if not isinstance(key, int):
+        return grey
+    return _flatten(grey, Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)), background)
+
+
+def _read(path: Path, name: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise BadSample(name, "missing", "the file does not exist any more.") from error
+    except OSError as error:
+        raise BadSample(name, "unreadable", f"the file cannot be read ({error.strerror}).") from error
+
+
+def _hush() -> None:
+    """Install `WARNING_RULES` unless they are there.
+
+    Not `warnings.catch_warnings`: it is not safe while other threads decode.
+    """
+    for action, message, category, module, line in WARNING_RULES:
+        if (action, message, category, module, line) not in warnings.filters:
+            warnings.filterwarnings(action, category=category, module=module.pattern if module else "")  # type: ignore[arg-type]
+
+
+def _adobe(image: Image.Image) -> Image.Image:
+    """Undo Pillow's assumption that all CMYK in JPEG is inverted, where the file does not say so."""
+    if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
+        return ImageChops.invert(image)
+    return image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # noqa: BLE001 - an EXIF block can be broken in any way, and the pixels be whole
+        return image
+
+
+def _too_large(name: str, size: str) -> BadSample:
+    return BadSample(name, "too_large", f"has {size} pixels, and the limit is {MAX_PIXELS}. Scale it down first.")
+
+
+def _not_an_image(raw: bytes) -> str:
+    found = next((what for start, what in REFUSED if start.match(raw)), None)
+    wanted = "JPEG, PNG, WebP, GIF or BMP"
+    if found:
+        return f"is {found} file, which is not read. Convert it to {wanted}."
+    return f"is not an image that can be read ({wanted})."
+
+
+def _broken(name: str, raw: bytes, error: Exception) -> BadSample:
+    said = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, EOFError) or "truncated" in said.lower() or _shorter_than_it_says(raw):
+        return BadSample(name, "truncated", f"the image ends early: the file is truncated ({said}).")
+    return BadSample(name, "damaged", f"the image is damaged ({said}).")
+
+
+def _shorter_than_it_says(raw: bytes) -> bool:
+    """Whether a WebP file states more bytes than there are."""
+    return raw[:4] == b"RIFF" and int.from_bytes(raw[4:8], "little") + 8 > len(raw)

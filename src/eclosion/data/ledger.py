@@ -1,0 +1,194 @@
+"""The account of every epoch: what was delivered, what was skipped and why. No sample is ever lost from it.
+
+    delivered + skipped == samples in the epoch
+
+is checked when an epoch ends, before its line is written.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eclosion.data.batch import Skip
+from eclosion.errors import DataError, EnvironmentProblem
+
+__all__ = ["Ledger", "over_budget"]
+
+# Skipped samples that a line names; their number is exact beyond it.
+MAX_NAMED = 100
+
+
+def over_budget(last: Skip, skipped: int, num_samples: int, max_bad_fraction: float) -> DataError | None:
+    """The error to raise when an epoch has more bad samples than it may have, or None.
+
+    Args:
+        last: the sample that was just skipped.
+        skipped: how many were skipped in its epoch, this one included.
+        num_samples: samples in an epoch.
+        max_bad_fraction: share of them that may be skipped.
+    """
+    allowed = int(max_bad_fraction * num_samples)
+    if skipped <= allowed:
+        return None
+    return DataError(
+        f"{last.name}: {last.detail} {skipped} of {num_samples} samples of epoch {last.position // num_samples} "
+        f"cannot be used ({last.reason}), and data.max_bad_fraction={max_bad_fraction:g} allows {allowed}. "
+        "Repair or remove the sample, or raise data.max_bad_fraction."
+    )
+
+
+@dataclass
+class Ledger:
+    """What a run delivered in the current epoch, and the file that holds finished ones.
+
+    Attributes:
+        path: the file, one JSON object per finished epoch; None keeps the account without a file.
+        num_samples: samples in an epoch.
+        max_bad_fraction: share of an epoch's samples that may be skipped.
+        position: the first position that is not recorded.
+        delivered: images of the current epoch that were delivered.
+        skipped: how many were not, by reason.
+        named: the first of them, as the file names them.
+    """
+
+    path: Path | None
+    num_samples: int
+    max_bad_fraction: float = 0.0
+    position: int = 0
+    delivered: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    named: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def restore(
+        cls, state: Mapping[str, Any] | None, path: Path | None, *, num_samples: int, max_bad_fraction: float = 0.0
+    ) -> "Ledger":
+        """The ledger as it was when `state` was taken.
+
+        Lines of epochs that were not finished then are removed from the file, as they will be written again.
+
+        Args:
+            state: what `state()` gave, from a checkpoint; None starts at position 0.
+            path: the file.
+            num_samples: samples in an epoch.
+            max_bad_fraction: share of an epoch's samples that may be skipped.
+
+        Raises:
+            DataError: if the account was kept for another number of samples.
+            EnvironmentProblem: if the file cannot be written.
+        """
+        ledger = cls(path, num_samples, max_bad_fraction)
+        if state is not None:
+            if state["index_count"] != num_samples:
+                raise DataError(
+                    f"The checkpoint counts {state['index_count']} samples in an epoch, and data.source now has "
+                    f"{num_samples}. Resume with the data that the run began with."
+                )
+            ledger.position, ledger.delivered = state["position"], state["delivered"]
+            ledger.skipped, ledger.named = Counter(state["skipped"]), list(state["samples"])
+        if path is not None:
+            _keep_epochs_before(path, ledger.epoch)
+        return ledger
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that is under way."""
+        return self.position // self.num_samples
+
+    def state(self) -> dict[str, Any]:
+        """The account of the current epoch, as plain JSON data for a checkpoint."""
+        return {"position": self.position, **self._account()}
+
+    def record(self, positions: range, skipped: Sequence[Skip]) -> None:
+        """Account for one step; called with every step, in order.
+
+        Args:
+            positions: the positions of the step's images, over all processes.
+            skipped: those that were not delivered, of all processes.
+
+        Raises:
+            DataError: if more samples of an epoch are bad than `max_bad_fraction` allows.
+            EnvironmentProblem: if the file cannot be written.
+        """
+        assert positions.start == self.position, (positions, self.position)
+        assert positions.step == 1, positions
+        where = {skip.position: skip for skip in skipped}
+        assert len(where) == len(skipped), "a position was skipped twice"
+        assert all(position in positions for position in where), (positions, sorted(where))
+        while self.position < positions.stop:
+            end = min(positions.stop, (self.epoch + 1) * self.num_samples)
+            self._advance(end, [where[p] for p in sorted(where) if self.position <= p < end])
+
+    def _advance(self, end: int, skipped: Sequence[Skip]) -> None:
+        """Account for positions up to `end`, all of the current epoch."""
+        for skip in skipped:
+            self.skipped[skip.reason] += 1
+            if len(self.named) < MAX_NAMED:
+                self.named.append({"position": skip.position, "name": skip.name, "reason": skip.reason})
+            error = over_budget(skip, self.skipped.total(), self.num_samples, self.max_bad_fraction)
+            if error:
+                raise error
+        self.delivered += end - self.position - len(skipped)
+        if end % self.num_samples == 0:
+            self._finish_epoch()
+        self.position = end
+
+    def _finish_epoch(self) -> None:
+        assert self.delivered + self.skipped.total() == self.num_samples, self._account()
+        if self.path is not None:
+            _append(self.path, json.dumps(self._account()) + "\n")
+        self.delivered, self.skipped, self.named = 0, Counter(), []
+
+    def _account(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "index_count": self.num_samples,
+            "delivered": self.delivered,
+            "skipped": dict(sorted(self.skipped.items())),
+            "samples": list(self.named),
+        }
+
+
+def _append(path: Path, line: str) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise EnvironmentProblem(f"{path}: cannot be written ({error.strerror}).") from error
+
+
+def _keep_epochs_before(path: Path, epoch: int) -> None:
+    """Remove the lines of later epochs, and what a killed process left of a line; all at once or not at all."""
+    if not path.exists():
+        return
+    text = path.read_text(encoding="utf-8", errors="replace")
+    kept = "".join(line for line in text.splitlines(keepends=True) if _is_before(line, epoch))
+    if kept == text:
+        return
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise EnvironmentProblem(f"{path}: cannot be written ({error.strerror}).") from error
+
+
+def _is_before(line: str, epoch: int) -> bool:
+    try:
+        return line.endswith("\n") and int(json.loads(line)["epoch"]) < epoch
+    except (ValueError, KeyError, TypeError):
+        return False

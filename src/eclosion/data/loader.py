@@ -1,0 +1,295 @@
+"""Source, order and transforms -> batches, from any position of a run."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eclosion.config.schema import DataConfig
+from eclosion.data.batch import Batch, Skip
+from eclosion.data.ledger import over_budget
+from eclosion.data.order import Order
+from eclosion.data.source import KeyedSamples, Sample, Samples
+from eclosion.data.transforms import Pixels, Transform, to_float
+from eclosion.errors import BadSample, ConfigError, DataError, UserError
+from eclosion.rng import generator, integer_seed
+
+__all__ = ["Loader"]
+
+# Steps that are got ready while the network works on one.
+STEPS_AHEAD = 3
+# Images that one thread reads in one go: few, so that one batch keeps all threads busy and a stop is seen soon.
+CHUNK = 16
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A sample after the part of the transforms that is the same each time."""
+
+    image: Pixels | Tensor
+    caption: str
+    label: int
+
+
+@dataclass
+class _Chunk:
+    """What belongs to some consecutive images, besides their pixels."""
+
+    captions: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    skipped: list[Skip] = field(default_factory=list)
+
+
+# Starts a task now or in a thread; what it returns waits for the result.
+_Submit = Callable[..., Callable[[], _Chunk]]
+# Stands in the place of a sample that cannot be read.
+NOTHING = _Ready(torch.zeros(3, 1, 1), "", 0)
+
+
+class Loader:
+    """The batches of a run.
+
+    Images stand at positions 0, 1, 2, ... of a run. Step k takes the next `batch_size` of them; of these, process r
+    of W takes the r-th of W equal, contiguous parts, and cuts it in order into micro-batches. What stands at a
+    position depends on (seed, position) alone, so that neither the number of processes, nor of threads, nor the
+    size of a micro-batch, nor where a run was resumed changes any image. A step may reach over the end of an epoch.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        config: DataConfig,
+        *,
+        seed: int,
+        batch_size: int,
+        micro_batch_size: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Make a loader; nothing is read yet.
+
+        Args:
+            samples: an opened source.
+            config: transforms, order, threads, memory and budget for bad images.
+            seed: the run's seed.
+            batch_size: images per optimizer step, over all processes.
+            micro_batch_size: images per batch, at most; none means as many as a step has on this process.
+            rank: which process this is.
+            world_size: how many processes share a step.
+
+        Raises:
+            ConfigError: if the batch cannot be shared evenly, or an option of the transforms is wrong.
+        """
+        self.samples, self.config, self.seed = samples, config, seed
+        self.batch_size, self.rank = batch_size, rank
+        self.share, self.micro_batch_size = _split(batch_size, micro_batch_size, world_size)
+        self.order = Order(len(samples), seed=seed, shuffle=config.shuffle)
+        self.transform = Transform.of(config)
+        self._keyed = samples if isinstance(samples, KeyedSamples) else None
+        # what a random reading gave once must not be given again
+        self._cache = _Cache(0 if self._keyed else int(config.cache_gb * 2**30))
+
+    def steps(self, start: int) -> Iterator[list[Batch]]:
+        """The micro-batches of one step after the other, without end.
+
+        Close the iterator to stop its threads.
+
+        Args:
+            start: the position of the first image of the first step: the run's `samples_seen`.
+
+        Raises:
+            DataError: if more images of an epoch are bad than `data.max_bad_fraction` allows.
+        """
+        starts = count(start + self.rank * self.share, self.batch_size)
+        bad: dict[int, int] = {}  # epoch -> skipped so far
+        for step in self._read_ahead(starts):
+            for batch in step:
+                self._check_budget(batch.skipped, bad)
+            yield step
+
+    def batch_at(self, positions: Sequence[int]) -> Batch:
+        """The images at some positions, read now, in this thread.
+
+        Bad samples have weight 0 and are never an error here.
+        """
+        return self._start(positions, _now)()
+
+    def _read_ahead(self, starts: Iterator[int]) -> Iterator[list[Batch]]:
+        if self.config.num_threads == 0 or self._keyed:
+            for begin in starts:
+                yield [batch() for batch in self._start_step(begin, _now)]
+            return
+        stop = threading.Event()
+        pool = ThreadPoolExecutor(self.config.num_threads, thread_name_prefix="eclosion-data")
+        ahead: deque[list[Callable[[], Batch]]] = deque()
+        try:
+            for begin in starts:
+                ahead.append(self._start_step(begin, partial(_in_thread, pool, stop)))
+                if len(ahead) > STEPS_AHEAD:
+                    yield [batch() for batch in ahead.popleft()]
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+    def _start_step(self, begin: int, submit: _Submit) -> list[Callable[[], Batch]]:
+        cuts = range(begin, begin + self.share, self.micro_batch_size)
+        return [self._start(range(cut, cut + self.micro_batch_size), submit) for cut in cuts]
+
+    def _start(self, positions: Sequence[int], submit: _Submit) -> Callable[[], Batch]:
+        """Begin to read a batch; the result waits for it, and raises what its reading raised."""
+        image = np.empty((len(positions), 3, *self.config.size), np.float32)
+        cuts = range(0, len(positions), CHUNK)
+        chunks = [submit(self._fill, image[cut : cut + CHUNK], positions[cut : cut + CHUNK]) for cut in cuts]
+        return lambda: self._collate(positions, image, [chunk() for chunk in chunks])
+
+    def _collate(self, positions: Sequence[int], image: NDArray[np.float32], chunks: Sequence[_Chunk]) -> Batch:
+        skipped = [skip for chunk in chunks for skip in chunk.skipped]
+        weight = torch.ones(len(positions))
+        if skipped:
+            places = {position: row for row, position in enumerate(positions)}
+            weight[[places[skip.position] for skip in skipped]] = 0
+        fields: dict[str, Tensor | list[str]] = {"image": torch.from_numpy(image)}
+        if self.samples.class_names:
+            fields["label"] = torch.tensor([label for chunk in chunks for label in chunk.labels], dtype=torch.int64)
+        if self.samples.has_captions:
+            fields["caption"] = [caption for chunk in chunks for caption in chunk.captions]
+        return Batch(positions, weight, fields, skipped)
+
+    def _fill(self, out: NDArray[np.float32], positions: Sequence[int], stopped: Callable[[], bool]) -> _Chunk:
+        """Read some images into float32 [n, 3, H, W]; runs in any thread."""
+        chunk = _Chunk()
+        pixels = np.zeros((len(positions), *self.config.size, 3), np.uint8)
+        as_they_are: dict[int, Tensor] = {}
+        for row, (position, index) in enumerate(zip(positions, self.order.indices(positions).tolist(), strict=True)):
+            if stopped():
+                break
+            try:
+                ready = self._ready(index, position)
+            except BadSample as error:
+                ready = NOTHING
+                chunk.skipped.append(_skip(position, error))
+            if isinstance(ready.image, Tensor):
+                as_they_are[row] = ready.image
+            elif self.transform.is_random:
+                pixels[row] = self.transform.augment(ready.image, generator(self.seed, "augment", position))
+            else:
+                pixels[row] = ready.image
+            chunk.captions.append(ready.caption)
+            chunk.labels.append(ready.label)
+        to_float(pixels, out)
+        for row, image in as_they_are.items():
+            out[row] = image.numpy()
+        return chunk
+
+    def _ready(self, index: int, position: int) -> _Ready:
+        ready = self._cache.get(index)
+        if ready is None:
+            try:
+                ready = self._prepare(self._read(index, position))
+            except UserError:
+                raise
+            except Exception as error:
+                error.add_note(
+                    f"while reading sample {index}, {self.samples.name(index)}, at position {position} of the run"
+                )
+                raise
+            self._cache.put(index, ready)
+        return ready
+
+    def _read(self, index: int, position: int) -> Sample:
+        if self._keyed:
+            return self._keyed.read_keyed(index, integer_seed(self.seed, "augment", position))
+        return self.samples.read(index)
+
+    def _prepare(self, sample: Sample) -> _Ready:
+        image = sample.image
+        if not isinstance(image, Tensor):
+            return _Ready(self.transform.prepare(image, sample.name), sample.caption or "", sample.label or 0)
+        height, width = self.config.size
+        if tuple(image.shape) != (3, height, width):
+            raise DataError(
+                f"{sample.name}: is a tensor {list(image.shape)}, and data.image_size asks for [3, {height}, {width}]. "
+                "Tensors are used as they are: resize them in the data set, or set data.image_size."
+            )
+        return _Ready(_as_float(image), sample.caption or "", sample.label or 0)
+
+    def _check_budget(self, skipped: Sequence[Skip], bad: dict[int, int]) -> None:
+        for skip in skipped:
+            epoch = skip.position // len(self.samples)
+            bad[epoch] = bad.get(epoch, 0) + 1
+            error = over_budget(skip, bad[epoch], len(self.samples), self.config.max_bad_fraction)
+            if error:
+                raise error
+
+
+class _Cache:
+    """Samples kept in memory, until they fill it; the first ones stay. Safe to use from several threads."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._free_bytes = max_bytes
+        self._kept: dict[int, _Ready] = {}
+        self._lock = threading.Lock()
+
+    def get(self, index: int) -> _Ready | None:
+        return self._kept.get(index)
+
+    def put(self, index: int, ready: _Ready) -> None:
+        num_bytes = ready.image.nbytes
+        with self._lock:
+            if index not in self._kept and num_bytes <= self._free_bytes:
+                self._free_bytes -= num_bytes
+                self._kept[index] = ready
+
+
+def _split(batch_size: int, micro_batch_size: int | None, world_size: int) -> tuple[int, int]:
+    """Images of a step on each process, and of a micro-batch."""
+    share, rest = divmod(batch_size, world_size)
+    if rest:
+        near = sorted({max(1, share) * world_size, (share + 1) * world_size})
+        raise ConfigError(
+            f"train.batch_size: {batch_size} images cannot be shared evenly by {world_size} processes. "
+            f"Use a multiple of {world_size}, such as {' or '.join(map(str, near))}."
+        )
+    micro = min(micro_batch_size or share, share)
+    if share % micro:
+        fits = [str(n) for n in range(1, share + 1) if share % n == 0]
+        whose = (
+            f"each of {world_size} processes has {share} of the {batch_size}"
+            if world_size > 1
+            else f"a step has {share}"
+        )
+        raise ConfigError(
+            f"train.micro_batch_size: {micro} does not divide the images of a step ({whose}). "
+            f"Use one of {', '.join(fits)}."
+        )
+    return share, micro
+
+
+def _skip(position: int, error: BadSample) -> Skip:
+    return Skip(position, error.name, error.reason, str(error).removeprefix(f"{error.name}: "))
+
+
+def _as_float(image: Tensor) -> Tensor:
+    if image.dtype != torch.uint8:
+        return image
+    out = torch.empty((1, *image.shape))
+    to_float(image.permute(1, 2, 0).numpy()[None], out.numpy())
+    return out[0]
+
+
+def _now(task: Callable[..., _Chunk], *args: object) -> Callable[[], _Chunk]:
+    return partial(task, *args, lambda: False)
+
+
+def _in_thread(
+    pool: ThreadPoolExecutor, stop: threading.Event, task: Callable[..., _Chunk], *args: object
+) -> Callable[[], _Chunk]:
+    return pool.submit(task, *args, stop.is_set).result

@@ -1,0 +1,91 @@
+"""From a network to an estimate of the clean image: the one thing that samplers call."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eclosion.diffusion.noise_schedule import NoiseSchedule
+from eclosion.diffusion.prediction import PredictionType, to_sample
+from eclosion.errors import ConfigError
+
+__all__ = ["Denoiser", "Network", "threshold"]
+
+# (x_t [B, C, H, W], t int64 [B]) -> what the prediction type says, [B, C, H, W]
+Network = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denoiser:
+    """A network together with what its output means.
+
+    Attributes:
+        net: called with x_t and t, its condition bound to it.
+        schedule: the noise levels it was trained on.
+        prediction_type: what it predicts.
+        clip_sample: whether estimates are clamped to [-1, 1]; right for pixels, wrong for latents.
+        dynamic_threshold: quantile of the absolute values of an estimate, above which it is clamped
+            and then scaled into [-1, 1]; takes the place of clip_sample. None is off.
+        uncond: the network with its condition dropped, for guidance.
+        guidance_scale: 1 follows the condition as trained, and costs one call of the network; any
+            other number extrapolates from uncond through net, and costs two.
+    """
+
+    net: Network
+    schedule: NoiseSchedule
+    prediction_type: PredictionType
+    clip_sample: bool = False
+    dynamic_threshold: float | None = None
+    uncond: Network | None = None
+    guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.guidance_scale != 1 and self.uncond is None:
+            raise ConfigError(
+                f"guidance_scale is {self.guidance_scale:g}, and this network has no condition to follow. "
+                "Set guidance_scale=1, or train with a condition that is dropped now and then."
+            )
+        if self.dynamic_threshold is not None and not 0 < self.dynamic_threshold <= 1:
+            raise ConfigError(
+                f"dynamic_threshold is {self.dynamic_threshold:g}, and must be a quantile: above 0 and at most 1, "
+                "for example 0.995."
+            )
+
+    def __call__(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        """The estimate of x_0, float32 [B, C, H, W]; the network runs under the caller's autocast.
+
+        Args:
+            x_t: noisy images, float32 [B, C, H, W].
+            t: their noise level, or one for each as int64 [B].
+        """
+        if isinstance(t, int):
+            t = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
+        x_0 = to_sample(self.prediction_type, self._output(x_t, t), x_t.float(), t, self.schedule)
+        if self.dynamic_threshold is not None:
+            return threshold(x_0, self.dynamic_threshold)
+        return x_0.clamp(-1, 1) if self.clip_sample else x_0
+
+    def _output(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The network's output in float32, guided.
+
+        x_0 and eps are affine in the output with the same x_t, so guiding the output guides them alike.
+        """
+        output = self.net(x_t, t).float()
+        if self.uncond is None or self.guidance_scale == 1:
+            return output
+        uncond = self.uncond(x_t, t).float()
+        return uncond + self.guidance_scale * (output - uncond)  # Ho & Salimans 2022, arXiv 2207.12598, eq. 6
+
+
+def threshold(x_0: Tensor, quantile: float) -> Tensor:
+    """Images scaled into [-1, 1] so that no more than 1 - quantile of their values saturate.
+
+    An image whose quantile is within [-1, 1] already is only clamped.
+
+    Source: Saharia et al. 2022, https://arxiv.org/abs/2205.11487, section 2.3.
+    """
+    # Row by row: torch.quantile refuses more than 16 million numbers at once.
+    rows = [torch.quantile(row, quantile) for row in x_0.abs().flatten(1)]
+    s = torch.stack(rows).clamp(min=1).view(-1, *(1,) * (x_0.ndim - 1))
+    return x_0.clamp(-s, s) / s

@@ -1,0 +1,101 @@
+"""Where a run's numbers and pictures go: metrics.jsonl always, and the loggers that its config names."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from eclosion.rundir import RunDir
+
+__all__ = ["Logger", "Tracker", "append_line", "keep_lines", "write_json"]
+
+
+class Logger(Protocol):
+    """A part that shows or stores numbers; started once, by the process that writes the run folder."""
+
+    def start(self, run: RunDir, config: Mapping[str, Any], *, num_steps: int, step: int) -> None:
+        """Begin, or go on after `step` updates."""
+        ...
+
+    def log(self, numbers: Mapping[str, float], *, step: int, samples_seen: int) -> None:
+        """Show numbers by name."""
+        ...
+
+    def log_image(self, path: Path, *, step: int) -> None:
+        """Show a picture that was written to the run folder."""
+        ...
+
+    def say(self, text: str) -> None:
+        """Show one line of what is happening."""
+        ...
+
+    def close(self) -> None:
+        """End; nothing may be lost."""
+        ...
+
+
+class Tracker:
+    """Writes metrics.jsonl and events.jsonl, and hands everything on to the loggers."""
+
+    def __init__(self, run: RunDir, loggers: Sequence[Logger], config: Mapping[str, Any], *, num_steps: int) -> None:
+        self.run, self.loggers, self.config, self.num_steps = run, loggers, config, num_steps
+
+    def start(self, step: int) -> None:
+        """Begin, or go on after `step` updates; numbers of later steps, from before a crash, are dropped."""
+        keep_lines(self.run.metrics, lambda line: line["step"] <= step)
+        for logger in self.loggers:
+            logger.start(self.run, self.config, num_steps=self.num_steps, step=step)
+
+    def log(self, numbers: Mapping[str, float], *, step: int, samples_seen: int) -> None:
+        """Keep and show numbers by name."""
+        append_line(self.run.metrics, {"step": step, "samples_seen": samples_seen, **numbers})
+        for logger in self.loggers:
+            logger.log(numbers, step=step, samples_seen=samples_seen)
+
+    def log_image(self, path: Path, *, step: int) -> None:
+        """Show a picture."""
+        for logger in self.loggers:
+            logger.log_image(path, step=step)
+
+    def say(self, text: str, **facts: Any) -> None:
+        """Show one line of what is happening, and keep it with its facts in events.jsonl."""
+        append_line(self.run.events, {"event": text, **facts})
+        for logger in self.loggers:
+            logger.say(text)
+
+    def close(self) -> None:
+        """End all loggers."""
+        for logger in self.loggers:
+            logger.close()
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Add one JSON object as a line, in a single write so that a kill leaves at most one torn line at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+        file.write((json.dumps(record) + "\n").encode())
+
+
+def keep_lines(path: Path, wanted: Any) -> None:
+    """Drop the lines of a JSON-lines file that are not wanted, and a torn one at its end."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # torn by a kill
+        if wanted(record):
+            kept.append(line + b"\n")
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_bytes(b"".join(kept))
+    aside.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    aside.replace(path)

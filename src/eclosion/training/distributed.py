@@ -1,0 +1,166 @@
+"""Several processes on one run. Nothing else knows torch.distributed.
+
+Started by torchrun, each process finds its rank in the environment. The order of samples is a
+function of position, so processes need not agree on it; they meet in the gradients, in the
+decision to stop, and before and after a checkpoint.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from eclosion.errors import ConfigError
+from eclosion.training.signals import StopSignals
+
+__all__ = ["World", "world"]
+
+# Long enough for a slow disk, short enough that a dead process does not hold the others for hours.
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, seen from one of them.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: how many processes there are.
+        local_rank: number of this process on its machine.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the run folder."""
+        return self.rank == 0
+
+    def prepare(self, net: nn.Module, how: str) -> nn.Module:
+        """The network as the loop calls it: its gradients are averaged over all processes."""
+        if self.size == 1:
+            return net
+        if how == "fsdp":
+            from torch.distributed.fsdp import fully_shard  # not in every build of torch
+
+            for block in _blocks(net):
+                fully_shard(block)
+            return fully_shard(net)
+        device = next(net.parameters()).device
+        ids = [device.index] if device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
+
+    def without_sync(self, net: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """The context of a backward pass; only the last micro-batch of a step exchanges gradients."""
+        if isinstance(net, nn.parallel.DistributedDataParallel):
+            return nullcontext() if last else net.no_sync()
+        if hasattr(net, "set_requires_gradient_sync"):
+            net.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all processes."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def highest(self, value: int) -> int:
+        """The largest of one whole number from each process; a few microseconds on the host."""
+        if self.size == 1:
+            return value
+        box = torch.tensor([value], dtype=torch.int64)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=_host_group())
+        return int(box)
+
+    def agree_to_stop(self, stop: StopSignals) -> None:
+        """Leave through `StopRequested` on every process if a signal has come to any."""
+        stop.received = self.highest(stop.received)
+        stop.on_step()
+
+    def gather(self, value: Any) -> list[Any]:
+        """One small object from each process, in the order of their ranks, on every process."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=_host_group())
+        return found
+
+    def from_leader(self, value: Any) -> Any:
+        """The leader's value, on every process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=_host_group())
+        return box[0]
+
+
+_groups: dict[str, Any] = {}
+
+
+def _host_group() -> Any:
+    return _groups.get("host")
+
+
+def _blocks(net: nn.Module) -> list[nn.Module]:
+    """The repeated parts of a network, which are split one by one."""
+    return [block for child in net.children() if isinstance(child, nn.ModuleList) for block in child]
+
+
+@contextmanager
+def world(device_type: str) -> Iterator[World]:
+    """Join the processes that torchrun started; alone if there are none.
+
+    Args:
+        device_type: "cuda" or "cpu"; decides how gradients travel.
+
+    Raises:
+        ConfigError: if the environment names a world that cannot be.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World()
+        return
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    if device_type == "cuda" and local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}. "
+            "Start torchrun with a smaller --nproc-per-node."
+        )
+    if device_type == "cuda":
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=TIMEOUT)
+    _groups["host"] = dist.new_group(backend="gloo", timeout=TIMEOUT) if device_type == "cuda" else None
+    try:
+        yield World(rank, size, local_rank)
+        dist.barrier()  # without it, processes that end at different times abort each other
+    finally:
+        _groups.clear()
+        dist.destroy_process_group()
+
+
+def full_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, whole: those split over processes are gathered; every process must ask."""
+    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
+
+
+def put(target: Tensor, value: Tensor) -> None:
+    """Write a whole tensor into one that may be split over processes."""
+    with torch.no_grad():
+        if hasattr(target, "device_mesh"):
+            from torch.distributed.tensor import distribute_tensor  # only with fsdp
+
+            value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+        target.copy_(value)

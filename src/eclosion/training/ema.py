@@ -1,0 +1,58 @@
+"""Exponential moving averages of a network's weights."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Ema", "warmed_up"]
+
+
+def warmed_up(decay: float, step: int) -> float:
+    """The decay after `step` updates: (1 + step) / (10 + step) until that exceeds `decay`.
+
+    Early weights are poor, and with a full decay they would stay in the average for 1 / (1 - decay) steps.
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
+class Ema:
+    """One average: a copy of the network, in eval mode, that follows it.
+
+    Attributes:
+        decay: share of the old average that an update keeps.
+        net: the averaged network; what previews, evaluation and export use.
+    """
+
+    def __init__(self, net: nn.Module, decay: float, *, warmup: bool) -> None:
+        self.decay, self.warmup = decay, warmup
+        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+        self._averages, self._weights = _matched(self.net, net)
+
+    def update(self, step: int, skip: Tensor | None = None) -> None:
+        """Move the average towards the network's present weights.
+
+        Args:
+            step: optimizer updates before this one.
+            skip: float32 scalar on the device; where it is 1 the average stays as it is, with no
+                word from the host. None on a CPU, where the caller has looked already.
+        """
+        weight = 1 - (warmed_up(self.decay, step) if self.warmup else self.decay)
+        if skip is None:
+            torch._foreach_lerp_(self._averages, self._weights, weight)
+        else:
+            amount = (1 - skip) * weight
+            torch._foreach_lerp_(self._averages, self._weights, [amount] * len(self._weights))
+
+
+def _matched(average: nn.Module, net: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The floating-point tensors of both, parameters and buffers, in the same order."""
+    ours, theirs = _tensors(average), _tensors(net)
+    return ours, theirs
+
+
+def _tensors(net: nn.Module) -> list[Tensor]:
+    found: Sequence[Any] = [*net.parameters(), *net.buffers()]
+    return [t.data for t in found if t.is_floating_point()]

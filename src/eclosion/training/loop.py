@@ -1,0 +1,155 @@
+"""The training loop: the story of a run, in order. It never looks into a batch."""
+
+import time
+
+import torch
+
+from eclosion.config.schema import RunConfig
+from eclosion.data.batch import Batch
+from eclosion.data.source import Samples
+from eclosion.device import autocast, memory_gb
+from eclosion.errors import Interrupted
+from eclosion.report import write_report
+from eclosion.rng import generator, integer_seed
+from eclosion.sampling import grid, make_images, save_png
+from eclosion.tasks.task import Drawn, Task
+from eclosion.training.distributed import World
+from eclosion.training.replay import diverged
+from eclosion.training.signals import StopRequested, StopSignals
+from eclosion.training.start import Context, start
+
+
+__all__ = ["draw", "run_until_done"]
+
+
+def run_until_done(
+    run: RunConfig, samples: Samples, *, world: World, stop: StopSignals, resume: str = "auto", accept: bool = False
+) -> None:
+    """Train until `run.train.duration` is over, from the newest whole checkpoint in the run folder.
+
+    Args:
+        run: the checked config.
+        samples: the opened data.
+        world: the processes that share the work.
+        stop: where signals are noted.
+        resume: "auto", "never", or the path of a checkpoint.
+        accept: whether changed schedule keys are accepted.
+
+    Raises:
+        Interrupted: after a signal, when the checkpoint is on disk.
+        TrainingDiverged: at a step that is not finite; nothing of it is kept.
+    """
+    with start(run, samples, world=world, stop=stop, resume=resume, accept=accept) as c:
+        state = c.state
+        if c.preview_missing():
+            preview(c, stop)
+        steps = c.loader.steps(state.samples_seen)
+        clock = Clock(state.samples_seen)
+        try:
+            while not state.done:
+                with clock.waiting():
+                    micro_batches = next(steps)
+                for stage in state.trained:  # frozen stages are in the checkpoint, not in here
+                    for i, batch in enumerate(micro_batches):
+                        if stage is state.trained[0]:  # a step is dropped whole or made whole
+                            world.agree_to_stop(stop)
+                        here = batch.to(c.device)
+                        drawn = draw(c.task, stage.name, here, run.seed, state.step, i, world.rank)
+                        with autocast(c.device, c.precision):
+                            losses = c.task.loss(stage.name, here, drawn)  # [B]: one number per image
+                        stage.accumulate(losses, here.weight, last=i + 1 == len(micro_batches))
+                    stage.update(state.step, state.num_steps)
+                state.advance()
+                c.account(micro_batches)
+                if c.looks_at_device() and state.failed_at():
+                    raise diverged(c)
+
+                if state.due(c.every.log):
+                    numbers = state.summary(world) | clock.read(state.samples_seen)
+                    c.log(numbers | {"sys/memory_gb": memory_gb(c.device)})
+                if state.due(c.every.checkpoint):  # before anything that may fail
+                    c.save()
+                if state.due(c.every.sample):
+                    preview(c, stop)
+                c.store.check()  # a save that failed in the background
+        except StopRequested:
+            for stage in state.trained:
+                stage.drop()
+            c.save(wait=True)
+            raise Interrupted(
+                stop.received, f"{run.output}: stopped at step {state.step}, which is saved. Start it again to go on."
+            ) from None
+        finally:
+            steps.close()
+        c.finish()
+
+
+def draw(task: Task, name: str, batch: Batch, seed: int, step: int, index: int, rank: int) -> Drawn:
+    """Every random tensor of a micro-batch, keyed by position; and the dropout of its networks, keyed by step."""
+    dropout = integer_seed(seed, "dropout", name, step, index, rank)
+    if batch.weight.is_cuda:
+        torch.cuda.default_generators[batch.weight.device.index].manual_seed(dropout)
+    else:
+        torch.default_generator.manual_seed(dropout)
+    return task.draw(name, batch, [generator(seed, "loss", name, p) for p in batch.positions])
+
+
+def preview(c: Context, stop: StopSignals) -> None:
+    """Draw the grid of this step with the averaged networks, and bring the report up to date.
+
+    After a signal it is left out; it is made when the run goes on.
+    """
+    options, state = c.run.sample, c.state
+    if options.num_images:
+        nets = {name: stage.sampled for name, stage in state.stages.items()}
+        before = {name: net.training for name, net in nets.items()}
+        for net in nets.values():
+            net.eval()
+        try:
+            images = make_images(
+                c.task.with_nets(nets),
+                range(options.num_images),
+                seed=options.seed,
+                sampler=options.sampler,
+                guidance_scale=options.guidance_scale,
+                precision=c.precision,
+                on_step=stop.on_step,
+            )
+        except StopRequested:
+            return
+        finally:
+            for name, net in nets.items():
+                net.train(before[name])
+        if c.world.leads:
+            path = save_png(grid(images), c.folder.sample_grid(state.step))
+            c.tracker.log_image(path, step=state.step)
+    if c.world.leads:
+        write_report(c.folder)
+
+
+class Clock:
+    """Speed since the last look, and how much of the time went into waiting for data."""
+
+    def __init__(self, samples_seen: int) -> None:
+        self._since, self._samples, self._waited, self._began = time.perf_counter(), samples_seen, 0.0, 0.0
+
+    def waiting(self) -> "Clock":
+        """A context whose time counts as waiting for data."""
+        return self
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._waited += time.perf_counter() - self._began
+
+    def read(self, samples_seen: int) -> dict[str, float]:
+        """Images per second and the share of time spent waiting, since the last call."""
+        now = time.perf_counter()
+        elapsed = max(now - self._since, 1e-9)
+        numbers = {
+            "perf/images_per_second": (samples_seen - self._samples) / elapsed,
+            "perf/data_wait": self._waited / elapsed,
+        }
+        self._since, self._samples, self._waited = now, samples_seen, 0.0
+        return numbers

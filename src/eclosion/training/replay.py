@@ -1,0 +1,77 @@
+"""What is left behind when a step is not finite: the names of its samples, and all that replays it."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from eclosion.device import autocast
+from eclosion.errors import TrainingDiverged
+from eclosion.registry import dump
+from eclosion.rng import generator
+from eclosion.tracking.tracker import write_json
+
+if TYPE_CHECKING:
+    from eclosion.training.start import Context
+
+__all__ = ["diverged"]
+
+MAX_NAMES = 5
+
+
+def diverged(c: "Context") -> TrainingDiverged:
+    """The error for the first step that was not finite, after writing a bundle that replays it.
+
+    The weights still are those before that step: it and all since left them alone. The batch and
+    its noise are functions of position, so they are made again rather than kept.
+    """
+    failed = c.state.failed_at()
+    assert failed is not None
+    name, step = failed
+    first = c.state.samples_seen - (c.state.step - step) * c.run.train.batch_size
+    share = c.run.train.batch_size // c.world.size
+    mine = range(first + c.world.rank * share, first + (c.world.rank + 1) * share)
+    batch = c.loader.batch_at(mine).to(c.device)
+    drawn = c.task.draw(name, batch, [generator(c.run.seed, "loss", name, p) for p in mine])
+    module = c.state.stages[name].module
+    with torch.no_grad(), autocast(c.device, c.precision):
+        task = c.task.with_nets({n: s.module for n, s in c.state.stages.items()})
+        losses = task.loss(name, batch, drawn)
+    bad = [i for i in range(len(batch)) if not torch.isfinite(losses[i])]
+    names = [c.samples.name(c.loader.order.index_at(mine[i])) for i in (bad or range(len(batch)))]
+
+    folder = c.folder.replay / f"step-{step:08d}" / f"rank-{c.world.rank}"
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v for k, v in batch.fields.items() if isinstance(v, Tensor)}
+    save_file(_whole(tensors), folder / "batch.safetensors")
+    save_file(_whole({k: v for k, v in _fields(drawn).items() if isinstance(v, Tensor)}), folder / "drawn.safetensors")
+    save_file(_whole(module.state_dict()), folder / f"{name}.safetensors")
+    write_json(
+        folder / "info.json",
+        {
+            "step": step,
+            "network": name,
+            "positions": list(mine),
+            "samples": [c.samples.name(c.loader.order.index_at(p)) for p in mine],
+            "losses": [str(float(x)) for x in losses],
+            "config": dump(c.run),
+            "environment": c.meta["environment"],
+        },
+    )
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    what = "loss" if bad else "gradient"
+    return TrainingDiverged(
+        f"step {step}: the {what} of {name} is not finite, with {', '.join(names[:MAX_NAMES])}{more}. The weights are "
+        f"as before this step; {folder} replays it. Try a lower optimizer.learning_rate, or mixed_precision=no."
+    )
+
+
+def _fields(drawn: object) -> dict[str, object]:
+    assert dataclasses.is_dataclass(drawn) and not isinstance(drawn, type)
+    return {field.name: getattr(drawn, field.name) for field in dataclasses.fields(drawn)}
+
+
+def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

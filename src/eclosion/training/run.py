@@ -1,0 +1,112 @@
+"""`train`: from a config to a run folder."""
+
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eclosion.config.load import load
+from eclosion.config.schema import RunConfig
+from eclosion.device import pick_device
+from eclosion.errors import EnvironmentProblem, Interrupted, OutOfMemory, UserError
+from eclosion.registry import build
+from eclosion.rundir import RunDir
+from eclosion.training.distributed import world
+from eclosion.training.loop import run_until_done
+from eclosion.training.signals import StopRequested, StopSignals
+
+__all__ = ["train"]
+
+
+def train(
+    config: object,
+    overrides: Sequence[str] = (),
+    *,
+    dataset: Any = None,
+    resume: str = "auto",
+    accept_changes: bool = False,
+) -> Path:
+    """Train a model, from scratch or from where the run stands.
+
+    Args:
+        config: path of a YAML, JSON or TOML file; a mapping; or the config object of the Hugging Face tutorial.
+        overrides: texts such as "train.batch_size=32".
+        dataset: a map-style `torch.utils.data.Dataset` to train on instead of `data.source`.
+        resume: "auto" goes on from the newest whole checkpoint, "never" starts anew, and the path of a
+            checkpoint starts from it.
+        accept_changes: whether changed schedule keys, such as the duration, are accepted on resume.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: and its kin, each one line that says what to do.
+    """
+    if dataset is not None:
+        overrides = [*overrides, "data.source=dataset"]
+    loaded = load(config, overrides)
+    for note in loaded.notes:
+        warnings.warn(note, stacklevel=2)
+    run = loaded.run
+    if dataset is not None:
+        run = replace(run, data=replace(run.data, source=build("sources", {"name": "dataset"})))
+    with StopSignals() as stop, _told(run):
+        try:
+            source = run.data.source
+            samples = source.adapt(dataset) if dataset is not None else source.open()
+            with world(pick_device(run.train.device).type) as w:
+                run_until_done(run, samples, world=w, stop=stop, resume=resume, accept=accept_changes)
+        except StopRequested:
+            raise Interrupted(stop.received, f"{run.output}: stopped before the first step; nothing was lost.") from None
+    return Path(run.output)
+
+
+@contextmanager
+def _told(run: RunConfig) -> Iterator[None]:
+    """Turn what a machine may do to a run into one line; keep the traceback in the run folder."""
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted):
+        raise
+    except Exception as error:  # noqa: BLE001  (re-raised, always)
+        _keep_traceback(run, error)
+        told = _as_user_error(error, run)
+        if told is error:
+            raise
+        raise told from error
+
+
+def _keep_traceback(run: RunConfig, error: Exception) -> None:
+    path = RunDir(Path(run.output)).error_log
+    if path.parent.is_dir():
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write("".join(traceback.format_exception(error)) + "\n")
+        except OSError:
+            return  # a full disk must not hide the error itself
+
+
+def _as_user_error(error: Exception, run: RunConfig) -> Exception:
+    if isinstance(error, UserError):
+        return error
+    if _is_out_of_memory(error):
+        return OutOfMemory(
+            f"out of memory with {run.train.batch_size} images a step. Set train.micro_batch_size lower (the result "
+            "stays the same), train.gradient_checkpointing=true, or a smaller data.image_size or task.model. "
+            "Checkpoints are intact."
+        )
+    if isinstance(error, OSError):
+        where = error.filename or run.output
+        return EnvironmentProblem(f"{where}: {error.strerror or error}. Checkpoints are intact.")
+    return error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)

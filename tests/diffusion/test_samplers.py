@@ -1,0 +1,359 @@
+"""Samplers, against diffusers' schedulers, and against data whose exact denoiser is known."""
+
+import math
+from dataclasses import fields
+
+import diffusers
+import pydantic
+import pytest
+import torch
+from diffusers.schedulers import scheduling_ddpm
+
+from eclosion.diffusion.denoiser import Denoiser
+from eclosion.diffusion.noise_schedule import JSD, Cosine, Linear, NoiseSchedule, RectifiedFlow
+from eclosion.diffusion.samplers import DDIM, DDPM, DPMSolver, Euler, Heun, levels
+from eclosion.errors import ConfigError
+from eclosion.registry import NOISE_SCHEDULES, SAMPLERS, describe, resolve
+from eclosion.rng import generator, randn
+
+SPACINGS = ["trailing", "linspace", "leading"]
+DETERMINISTIC = [DDIM, Euler, Heun, DPMSolver]
+# Both sides round to float32 in each step, and theirs computes its coefficients in float32 as well.
+FLOAT32_STEPS = {"rtol": 1e-3, "atol": 1e-4}
+
+
+def rngs(count: int, *position: str | int) -> list:
+    return [generator(0, "sample", *position, i) for i in range(count)]
+
+
+def noise(count: int = 2) -> torch.Tensor:
+    return randn(rngs(count, "start"), (3, 4, 4))
+
+
+def crooked(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """A smooth network without any symmetry that could hide a mistake."""
+    s = (t.view(-1, 1, 1, 1) + 1) / 1000
+    return torch.tanh(0.8 * x + s - 0.3) * (1.1 - 0.4 * s) + 0.1 * x.mean((2, 3), keepdim=True)
+
+
+def denoiser(schedule: NoiseSchedule, prediction_type: str = "epsilon", **options) -> Denoiser:
+    return Denoiser(net=crooked, schedule=schedule, prediction_type=prediction_type, **options)
+
+
+def run_diffusers(scheduler, x: torch.Tensor, n: int, **step_options) -> torch.Tensor:
+    scheduler.set_timesteps(n)
+    for t in scheduler.timesteps:
+        output = crooked(scheduler.scale_model_input(x, t), torch.full((len(x),), float(t)))
+        x = scheduler.step(output, t, x, **step_options).prev_sample
+    return x
+
+
+# ------------------------------------------------------------------ against diffusers
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 20, 50, 333, 999, 1000])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_the_visited_levels_are_those_of_diffusers(spacing, n):
+    if spacing == "linspace" and n == 1:
+        pytest.skip("theirs starts from t = 0, though x is noise alone")
+    scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing)
+    scheduler.set_timesteps(n)
+    path = levels(Linear().build(), n, spacing)
+    assert [level.t for level in path] == [*scheduler.timesteps.tolist(), -1]
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 5, 10, 64, 1000])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_the_visited_levels_fall_strictly_and_end_clean(spacing, T):
+    schedule = Linear(num_train_timesteps=T).build()
+    for n in range(1, min(T, 100) + 1):
+        path = levels(schedule, n, spacing)
+        assert len(path) == n + 1
+        assert all(now.t > then.t for now, then in zip(path, path[1:], strict=False))
+        assert (path[-1].alpha, path[-1].sigma) == (1.0, 0.0)
+        assert spacing == "leading" or path[0].t == T - 1
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("n", [50, 1000])
+def test_ddpm_agrees_with_diffusers_draw_for_draw(n, prediction_type, monkeypatch):
+    """Their variance type fixed_small is our posterior variance."""
+    theirs_rngs = rngs(2, "z")
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda shape, **_: randn(theirs_rngs, shape[1:]))
+    scheduler = diffusers.DDPMScheduler(
+        variance_type="fixed_small", prediction_type=prediction_type, clip_sample=True, timestep_spacing="trailing"
+    )
+    expected = run_diffusers(scheduler, noise(), n)
+    sampler = DDPM(num_inference_steps=n)
+    ours = sampler(denoiser(Linear().build(), prediction_type, clip_sample=True), noise(), rngs(2, "z"))
+    torch.testing.assert_close(ours, expected, **FLOAT32_STEPS)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("clip", [False, True])
+def test_ddim_agrees_with_diffusers_draw_for_draw(clip, eta, prediction_type):
+    """Theirs takes the noise from the clipped image only when asked to."""
+    scheduler = diffusers.DDIMScheduler(
+        beta_schedule="linear", prediction_type=prediction_type, clip_sample=clip, timestep_spacing="trailing"
+    )
+    scheduler.set_timesteps(50)
+    theirs_rngs, x = rngs(2, "z"), noise()
+    for t in scheduler.timesteps:
+        output = crooked(x, torch.full((2,), float(t)))
+        z = randn(theirs_rngs, x.shape[1:])
+        step = scheduler.step(output, t, x, eta=eta, use_clipped_model_output=True, variance_noise=z)
+        x = step.prev_sample
+    ours = DDIM(eta=eta)(denoiser(Linear().build(), prediction_type, clip_sample=clip), noise(), rngs(2, "z"))
+    torch.testing.assert_close(ours, x, **FLOAT32_STEPS)
+
+
+def test_ddim_from_pure_noise_agrees_with_diffusers():
+    scheduler = diffusers.DDIMScheduler(
+        beta_schedule="linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+    )
+    expected = run_diffusers(scheduler, noise(), 20)
+    schedule = Linear(rescale_zero_terminal_snr=True).build()
+    ours = DDIM(num_inference_steps=20)(denoiser(schedule, "v_prediction"), noise(), rngs(2))
+    torch.testing.assert_close(ours, expected, **FLOAT32_STEPS)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("n", [1, 2, 5, 20, 50])
+def test_dpm_solver_agrees_with_diffusers(n, spacing):
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        beta_schedule="linear",
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        final_sigmas_type="zero",
+        timestep_spacing=spacing,
+    )
+    scheduler.set_timesteps(n)
+    path = levels(Linear().build(), n, spacing)
+    if [level.t for level in path[:-1]] != scheduler.timesteps.tolist():
+        pytest.skip("theirs spaces these steps by a rule of its own")
+    expected = run_diffusers(scheduler, noise(), n)
+    ours = DPMSolver(num_inference_steps=n, timestep_spacing=spacing)(denoiser(Linear().build()), noise(), rngs(2))
+    torch.testing.assert_close(ours, expected, **FLOAT32_STEPS)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+def test_euler_agrees_with_diffusers(schedule):
+    scheduler = diffusers.EulerDiscreteScheduler(beta_schedule=schedule, timestep_spacing="trailing")
+    ours = {"linear": Linear(), "squaredcos_cap_v2": Cosine()}[schedule].build()
+    # Theirs starts from x / alpha. With the cosine schedule that is 20 000 times the noise in float32.
+    x = noise() / ours.alphas[-1].item()
+    tolerance = FLOAT32_STEPS if schedule == "linear" else {"rtol": 1e-2, "atol": 1e-2}
+    expected = run_diffusers(scheduler, x, 30)
+    torch.testing.assert_close(Euler(num_inference_steps=30)(denoiser(ours), noise(), rngs(2)), expected, **tolerance)
+
+
+@pytest.mark.parametrize("n", [5, 20])
+def test_heun_agrees_with_diffusers(n):
+    scheduler = diffusers.HeunDiscreteScheduler(
+        beta_schedule="linear", beta_start=1e-4, beta_end=0.02, timestep_spacing="trailing"
+    )
+    schedule = Linear().build()
+    expected = run_diffusers(scheduler, noise() / schedule.alphas[-1].item(), n)
+    ours = Heun(num_inference_steps=n)(denoiser(schedule), noise(), rngs(2))
+    torch.testing.assert_close(ours, expected, **FLOAT32_STEPS)
+
+
+def test_euler_along_a_rectified_flow_agrees_with_diffusers():
+    n = 28  # 27 divides 999, so that their levels are ours without rounding
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(n)
+    x = noise()
+    for t in scheduler.timesteps:
+        x = scheduler.step(crooked(x, torch.full((2,), float(t) - 1)), t, x).prev_sample
+    sampler = Euler(num_inference_steps=n, timestep_spacing="linspace")
+    ours = sampler(denoiser(RectifiedFlow().build(), "flow"), noise(), rngs(2))
+    torch.testing.assert_close(ours, x, **FLOAT32_STEPS)
+
+
+# ------------------------------------------------------------------ against closed forms
+
+MEAN, STD = 0.4, 0.25
+
+
+def exact_for_gaussian(schedule: NoiseSchedule) -> Denoiser:
+    """E[x_0 | x_t] for images whose pixels are independently normal."""
+
+    def net(x, t):
+        alpha, sigma = (c.double() for c in schedule.gather(t, 4))
+        share = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
+        return MEAN + share * (x.double() - alpha * MEAN)
+
+    return Denoiser(net=net, schedule=schedule, prediction_type="sample")
+
+
+def exact_flow(schedule: NoiseSchedule, x: torch.Tensor) -> torch.Tensor:
+    """Where the probability flow takes x: it keeps how many standard deviations each pixel is off."""
+    alpha, sigma = schedule.alphas[-1].item(), schedule.sigmas[-1].item()
+    return MEAN + STD * (x - alpha * MEAN) / math.hypot(alpha * STD, sigma)
+
+
+def flow_error(sampler, schedule: NoiseSchedule) -> float:
+    x = noise(4)
+    return (sampler(exact_for_gaussian(schedule), x, rngs(4)) - exact_flow(schedule, x)).abs().max().item()
+
+
+@pytest.mark.parametrize("part", DETERMINISTIC)
+@pytest.mark.parametrize("schedule", [Linear(), Cosine(), Cosine(rescale_zero_terminal_snr=True), RectifiedFlow()])
+def test_deterministic_samplers_follow_the_exact_probability_flow(part, schedule):
+    # What is left is the last step, from t = 0 to the clean image, and rounding.
+    limit = 0.01 if part in (DDIM, Euler) else 1e-3
+    assert flow_error(part(num_inference_steps=1000), schedule.build()) < limit
+
+
+@pytest.mark.parametrize(
+    ("part", "order"), [(DDIM, 1), (Euler, 1), (Heun, 2), (DPMSolver, 2)], ids=lambda p: getattr(p, "__name__", p)
+)
+def test_the_error_falls_with_the_order_of_the_sampler(part, order):
+    """Twice as many steps leave half the error of first order, and a quarter of second order."""
+    schedule = RectifiedFlow(num_train_timesteps=4096).build()
+    errors = [flow_error(part(num_inference_steps=n), schedule) for n in (16, 32, 64)]
+    measured = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    assert measured == pytest.approx([order, order], abs=0.35)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [DDPM(), DDIM(num_inference_steps=1000, eta=1), DDIM(num_inference_steps=1000, eta=0.5)],
+    ids=["ddpm", "eta=1", "eta=0.5"],
+)
+@pytest.mark.parametrize("schedule", [Linear(), Cosine(), JSD(), RectifiedFlow()])
+def test_stochastic_samplers_reach_the_mean_and_variance_of_the_data(sampler, schedule):
+    x = randn(rngs(8, "many"), (3, 48, 48))
+    images = sampler(exact_for_gaussian(schedule.build()), x, rngs(8, "z")).double()
+    # 55 296 pixels know the mean to 0.001 and the standard deviation to 0.3 %; 1000 steps add about as much.
+    assert images.mean().item() == pytest.approx(MEAN, abs=0.005)
+    assert images.std().item() == pytest.approx(STD, rel=0.02)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
+@pytest.mark.parametrize("T", [1, 2, 3, 5, 40])
+def test_one_known_image_is_found_exactly_in_any_number_of_steps(T, schedule, name):
+    known = torch.linspace(-1, 1, 48).view(1, 3, 4, 4)
+    levels_ = resolve("noise_schedules", schedule)(num_train_timesteps=T).build()
+    denoise = Denoiser(net=lambda x, t: known.expand_as(x), schedule=levels_, prediction_type="sample")
+    for n in range(1, T + 1):
+        for spacing in SPACINGS:
+            sampler = resolve("samplers", name)(num_inference_steps=n, timestep_spacing=spacing)
+            torch.testing.assert_close(sampler(denoise, noise(1), rngs(1)), known, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction", "flow"])
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("schedule", [*NOISE_SCHEDULES, "rescaled", "steep"])
+def test_every_sampler_is_finite_on_every_schedule(schedule, name, prediction_type):
+    unusual = {
+        "rescaled": Linear(rescale_zero_terminal_snr=True, num_train_timesteps=100),
+        # Signal far below the smallest float32 for most of the way, and then exactly 0.
+        "steep": Linear(beta_start=0.2, beta_end=1.0, num_train_timesteps=2000),
+    }
+    part = unusual.get(schedule) or resolve("noise_schedules", schedule)(num_train_timesteps=100)
+    denoise = denoiser(part.build(), prediction_type, clip_sample=True)
+    out = resolve("samplers", name)(num_inference_steps=12)(denoise, noise(), rngs(2))
+    assert torch.isfinite(out).all()
+    assert out.abs().max() <= 1
+
+
+def test_ddpm_visits_all_levels_unless_told_otherwise():
+    calls = []
+    schedule = Cosine(num_train_timesteps=37).build()
+    DDPM()(denoiser(schedule), noise(), rngs(2), on_step=lambda i, n: calls.append((i, n)))
+    assert calls == [(i, 37) for i in range(37)]
+
+
+def test_ddim_with_full_noise_is_ddpm():
+    denoise = denoiser(Linear().build(), "v_prediction")
+    a = DDIM(num_inference_steps=40, eta=1)(denoise, noise(), rngs(2, "z"))
+    b = DDPM(num_inference_steps=40)(denoise, noise(), rngs(2, "z"))
+    assert torch.equal(a, b)
+
+
+def test_heun_is_not_wrecked_by_the_first_step_out_of_pure_noise():
+    """Corrected like the others, that step would leave errors of 9 at 5 steps; DDIM leaves less than 0.1."""
+    for schedule in (Cosine(), Cosine(rescale_zero_terminal_snr=True), RectifiedFlow()):
+        heun = flow_error(Heun(num_inference_steps=5), schedule.build())
+        assert heun < flow_error(DDIM(num_inference_steps=5), schedule.build())
+
+
+# ------------------------------------------------------------------ what every sampler promises
+
+
+def every_sampler(n: int = 10) -> list:
+    return [resolve("samplers", name)(num_inference_steps=n) for name in SAMPLERS] + [
+        DDIM(num_inference_steps=n, eta=1)
+    ]
+
+
+@pytest.mark.parametrize("sampler", every_sampler(), ids=repr)
+def test_an_image_does_not_depend_on_the_rest_of_its_batch(sampler):
+    denoise = denoiser(Linear().build(), "v_prediction")
+    together = sampler(denoise, noise(4), rngs(4, "z"))
+    for i in range(4):
+        alone = sampler(denoise, noise(4)[i : i + 1], rngs(4, "z")[i : i + 1])
+        assert torch.equal(alone[0], together[i])
+
+
+@pytest.mark.parametrize("sampler", every_sampler(), ids=repr)
+def test_sampling_twice_gives_the_same_bits_and_leaves_the_noise_alone(sampler):
+    denoise, x = denoiser(Cosine().build(), "v_prediction"), noise()
+    first = sampler(denoise, x, rngs(2, "z"))
+    assert torch.equal(first, sampler(denoise, x, rngs(2, "z")))
+    assert torch.equal(x, noise())
+
+
+@pytest.mark.parametrize("schedule", [Linear(), Cosine(), RectifiedFlow()])
+@pytest.mark.parametrize("sampler", every_sampler(), ids=repr)
+def test_every_network_call_is_announced_before_it_is_made(sampler, schedule):
+    events = []
+    denoise = Denoiser(
+        net=lambda x, t: events.append("net") or x, schedule=schedule.build(), prediction_type="v_prediction"
+    )
+    sampler(denoise, noise(), rngs(2), on_step=lambda i, n: events.append((i, n)))
+    n = events[0][1]
+    assert events == [event for i in range(n) for event in ((i, n), "net")]
+
+
+@pytest.mark.parametrize("sampler", every_sampler(), ids=repr)
+def test_on_step_can_interrupt(sampler):
+    def stop(i, n):
+        if i == 3:
+            raise KeyboardInterrupt
+
+    calls = []
+    denoise = Denoiser(net=lambda x, t: calls.append(t) or x, schedule=Linear().build(), prediction_type="v_prediction")
+    with pytest.raises(KeyboardInterrupt):
+        sampler(denoise, noise(), rngs(2), on_step=stop)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("sampler", every_sampler(11), ids=repr)
+def test_more_steps_than_levels_are_refused(sampler):
+    with pytest.raises(ConfigError, match=r"num_inference_steps is 11, and the noise schedule has only 10 levels"):
+        sampler(denoiser(Linear(num_train_timesteps=10).build()), noise(), rngs(2))
+
+
+@pytest.mark.parametrize("sampler", every_sampler(), ids=repr)
+def test_images_are_float32_whatever_the_network_computes_in(sampler):
+    denoise = Denoiser(net=lambda x, t: x.bfloat16(), schedule=Linear().build(), prediction_type="epsilon")
+    assert sampler(denoise, noise().double(), rngs(2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_option_of_a_sampler_is_documented_and_checked(name):
+    part = resolve("samplers", name)
+    assert part.__doc__
+    assert all(option.text for option in describe(part))
+    assert {"num_inference_steps", "timestep_spacing"} <= {field.name for field in fields(part)}
+    for wrong in ({"num_inference_steps": 0}, {"timestep_spacing": "even"}, {"steps": 3}):
+        with pytest.raises(pydantic.ValidationError, match=next(iter(wrong))):
+            part(**wrong)
