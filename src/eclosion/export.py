@@ -87,7 +87,9 @@ def _compare(wanted: Any, folder: Path) -> None:
         wanted.unet.train(was_training)
         same = torch.allclose(wanted_out, found_out, rtol=1e-3, atol=1e-4)
     if not same:
-        raise EnvironmentProblem(f"{folder}: the pipeline does not load as the network that was written. Check the disk.")
+        raise EnvironmentProblem(
+            f"{folder}: the pipeline does not load as the network that was written. Check the disk."
+        )
 
 
 def _probe(unet: Any) -> tuple[torch.Tensor, torch.Tensor]:

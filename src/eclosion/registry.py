@@ -136,8 +136,14 @@ def resolve(table: str, name: str) -> type[Any]:
         raise
 
 
-def build(table: str, value: object) -> Any:
-    """The part that a piece of config describes: its name, or a mapping of name and options."""
+def build(table: str, value: object, default: str | None = None) -> Any:
+    """The part that a piece of config describes: its name, or a mapping of name and options.
+
+    Args:
+        table: one of `TABLES`.
+        value: from a config; a part that is built already is returned.
+        default: the name that a mapping without one stands for.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return value
     if isinstance(value, str):
@@ -148,7 +154,7 @@ def build(table: str, value: object) -> Any:
             "part", "must be the name of a {kind}, or a mapping with its name and options", {"kind": kind}
         )
     options = dict(value)
-    name = options.pop("name", None)
+    name = options.pop("name", default)
     if not isinstance(name, str):
         hint = f"has no 'name'. Known {table.replace('_', ' ')}: {', '.join(sorted(names(table)))}."
         raise PydanticCustomError("part", "{hint}", {"hint": hint})
@@ -164,9 +170,9 @@ def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
 
 
-def part_type(table: str) -> Any:
-    """The annotation of a config field that holds a part of a table."""
-    return Annotated[Any, BeforeValidator(lambda value: build(table, value)), WithJsonSchema({"part": table})]
+def part_type(table: str, default: str | None = None) -> Any:
+    """The annotation of a config field that holds a part of a table; options alone belong to the default part."""
+    return Annotated[Any, BeforeValidator(lambda value: build(table, value, default)), WithJsonSchema({"part": table})]
 
 
 def table_of(annotation: object) -> str | None:
@@ -246,7 +252,9 @@ def _type_name(annotation: object) -> str:
         return f"one of the {table.replace('_', ' ')}"
     if hasattr(annotation, "__metadata__"):
         annotation = annotation.__origin__
-    text = annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    text = (
+        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    )
     return re.sub(r"\b(typing|pathlib|collections\.abc|eclosion(\.\w+)*)\.", "", text)
 
 

@@ -422,7 +422,7 @@ def tidy(checkpoints: Path) -> None:
     """Remove what killed saves left behind, and put back what one had set aside. Only under the run's lock."""
     for path in list(checkpoints.iterdir()):
         match = _HIDDEN.fullmatch(path.name)
-        if not match:
+        if not match or not path.is_dir():
             continue
         final = checkpoints / f"step-{match['step']}"
         if match["kind"] == REPLACED and not final.exists():

@@ -77,9 +77,7 @@ class Change:
         return f"{self.path}: {self.before!r} -> {self.after!r}"
 
 
-def compare(
-    before: Mapping[str, Any], after: Mapping[str, Any], *, accept: bool, where: str
-) -> list[Change]:
+def compare(before: Mapping[str, Any], after: Mapping[str, Any], *, accept: bool, where: str) -> list[Change]:
     """The schedule keys that changed, if that is accepted.
 
     Args:

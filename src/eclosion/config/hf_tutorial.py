@@ -96,7 +96,15 @@ def _source(dataset_name: object) -> dict[str, Any]:
     if dataset_name is None:
         return {"name": "dataset"}  # stands for the one given to train(); refused when there is none
     path = Path(str(dataset_name))
-    packed = ("*.parquet", "*.arrow", "dataset_info.json", "dataset_dict.json", "data/*.parquet", "*.jsonl", "*/*.arrow")
+    packed = (
+        "*.parquet",
+        "*.arrow",
+        "dataset_info.json",
+        "dataset_dict.json",
+        "data/*.parquet",
+        "*.jsonl",
+        "*/*.arrow",
+    )
     if path.is_dir() and not any(next(path.glob(pattern), None) for pattern in packed):
         return {"name": "folder", "root": str(path)}
     return {"name": "huggingface", "path": str(dataset_name)}

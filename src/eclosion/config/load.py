@@ -137,7 +137,7 @@ def _explain(problem: Any, tree: Mapping[str, Any]) -> tuple[str, str]:
     value = problem["input"]
     given = f" (given: {value!r})" if isinstance(value, str | int | float | bool | None | list) else ""
     message = re.sub(r"^(Input|Value error,|Assertion failed,) ?", "", problem["msg"])
-    if kind == "part":
+    if kind in ("part", "value_error"):  # our own words, which show the value where it helps
         given = ""
     return _path(inside), f"{message}{given}"
 
@@ -179,8 +179,11 @@ def _class_at(location: Sequence[str | int], tree: Any) -> tuple[Any, str | None
         annotation = next(f.type for f in dataclasses.fields(cls) if f.name == key)
         table = table_of(annotation) or next(filter(None, map(table_of, get_args(annotation))), None)
         if table and not isinstance(tree, list):
-            name = tree if isinstance(tree, str) else tree["name"]
-            cls = resolve(table, name)
+            part = next(
+                (getattr(f.default, "default", f.default) for f in dataclasses.fields(cls) if f.name == key), ""
+            )
+            name = tree if isinstance(tree, str) else tree.get("name", part)
+            cls = resolve(table, str(name))
         elif table:
             cls, name = (table, None), None
         else:
@@ -197,9 +200,7 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, tree
 
 
-def _origins(
-    run: RunConfig, tree: Mapping[str, Any], name: str, overrides: Sequence[str]
-) -> Iterator[tuple[str, str]]:
+def _origins(run: RunConfig, tree: Mapping[str, Any], name: str, overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
     given = {path for path, _ in leaves(tree)}
     overridden = [text.partition("=")[0].strip() for text in overrides]
     for path, _ in leaves(dump(run)):

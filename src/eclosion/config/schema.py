@@ -163,7 +163,7 @@ class SampleConfig:
     # Images in the grid; 0 makes none.
     num_images: NonNegative = 16
     # The algorithm that removes noise.
-    sampler: part_type("samplers") = "dpm_solver"
+    sampler: part_type("samplers", "dpm_solver") = "dpm_solver"
     # How strongly images follow their condition; 1 is off.
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     # Image i of every grid starts from noise that depends on this and i alone.
@@ -205,7 +205,7 @@ class RunConfig:
     # The diffusers pipeline written into the folder when training is done.
     export: Literal["no", "ddpm", "ddim"] = "no"
     # What is trained: networks, noise and loss.
-    task: part_type("tasks") = "unconditional"
+    task: part_type("tasks", "unconditional") = "unconditional"
     # Everything random in a run follows from this number.
     seed: NonNegative = 0
     # How long, in which batches, and in which precision.

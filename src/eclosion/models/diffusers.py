@@ -97,7 +97,9 @@ class DiffusersModel:
             # UNet2DModel's word, and the transformers'
             key = "num_class_embeds" if "num_class_embeds" in known else "num_embeds_ada_norm"
             if key not in known:
-                raise ConfigError(f"task.model: {self.class_name} has no class embeddings. Set task.class_conditional=false.")
+                raise ConfigError(
+                    f"task.model: {self.class_name} has no class embeddings. Set task.class_conditional=false."
+                )
             from_data[key] = num_classes
         for key in ("sample_size", "in_channels"):
             if key in self.options and self.options[key] != from_data[key]:

@@ -28,9 +28,9 @@ class Unconditional:
     """Images from nothing, or from a class when the data has labels."""
 
     # The network that is trained.
-    model: part_type("models") = "diffusers"
+    model: part_type("models", "diffusers") = "diffusers"
     # How much noise each timestep adds.
-    noise_schedule: part_type("noise_schedules") = "cosine"
+    noise_schedule: part_type("noise_schedules", "cosine") = "cosine"
     # What the network predicts: the noise, the clean image, or a mix of both that is well scaled at every timestep; "flow" goes with rectified_flow.
     prediction_type: prediction.PredictionType = "v_prediction"
     # How the prediction is compared with its target.

@@ -59,7 +59,9 @@ class Terminal:
     def log(self, numbers: Mapping[str, float], *, step: int, samples_seen: int) -> None:
         """Show loss, speed and the time that remains."""
         shown = [f"{key.removeprefix('train/')} {numbers[key]:.4f}" for key in numbers if key.startswith("train/loss")]
-        shown += [f"{key} {value:.4g}" for key, value in numbers.items() if not key.startswith(("train/", "perf/", "sys/"))]
+        shown += [
+            f"{key} {value:.4g}" for key, value in numbers.items() if not key.startswith(("train/", "perf/", "sys/"))
+        ]
         if "perf/images_per_second" in numbers:
             shown.append(f"{numbers['perf/images_per_second']:.1f} images/s")
         shown.append(f"{_clock(self._remaining(step))} left")

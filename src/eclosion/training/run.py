@@ -62,7 +62,9 @@ def train(
             with world(pick_device(run.train.device).type) as w:
                 run_until_done(run, samples, world=w, stop=stop, resume=resume, accept=accept_changes)
         except StopRequested:
-            raise Interrupted(stop.received, f"{run.output}: stopped before the first step; nothing was lost.") from None
+            raise Interrupted(
+                stop.received, f"{run.output}: stopped before the first step; nothing was lost."
+            ) from None
     return Path(run.output)
 
 

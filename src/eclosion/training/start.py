@@ -157,7 +157,9 @@ def start(
         world.barrier()
         store = CheckpointStore(folder, keep_last=run.checkpoint.keep_last, keep_every=run.checkpoint.keep_every)
         stack.callback(store.close)
-        found, changes = world.from_leader(_find(run, folder, store, num_steps, resume, accept) if world.leads else None)
+        found, changes = world.from_leader(
+            _find(run, folder, store, num_steps, resume, accept) if world.leads else None
+        )
         loaded = store.load(found) if found else None
 
         loader = Loader(
@@ -261,7 +263,9 @@ def _clear(folder: RunDir) -> None:
 def _check_frozen(run: RunConfig, task: Task) -> None:
     unknown = [name for name in run.train.freeze if name not in task.nets]
     if unknown:
-        raise ConfigError([f"train.freeze: {name!r} is no network of this task.{did_you_mean(name, task.nets)}" for name in unknown])
+        raise ConfigError(
+            [f"train.freeze: {name!r} is no network of this task.{did_you_mean(name, task.nets)}" for name in unknown]
+        )
     if set(run.train.freeze) == set(task.nets):
         raise ConfigError(f"train.freeze names every network ({', '.join(task.nets)}), so nothing would be trained.")
 

@@ -255,9 +255,7 @@ class TrainState:
 
     def numbers(self, world: World) -> dict[str, Any]:
         """What a checkpoint keeps besides tensors. Every process must ask."""
-        losses = {
-            s.name: [float(world.sum(t.clone())) for t in (s.loss_sum, s.loss_count)] for s in self.trained
-        }
+        losses = {s.name: [float(world.sum(t.clone())) for t in (s.loss_sum, s.loss_count)] for s in self.trained}
         return {"step": self.step, "samples_seen": self.samples_seen, "losses": losses, "last_loss": self.last_loss}
 
     def load(self, files: Mapping[str, Mapping[str, Tensor]], numbers: Mapping[str, Any], *, leads: bool) -> None:

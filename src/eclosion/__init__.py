@@ -1,0 +1,69 @@
+"""eclosion trains image diffusion models in runs that can be trusted.
+
+    import eclosion
+
+    folder = eclosion.train("config.yaml")
+    eclosion.sample(folder, num_images=16)
+
+Names are resolved when they are first used: `import eclosion` costs no torch.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eclosion.demo import demo
+    from eclosion.doctor import doctor
+    from eclosion.errors import ConfigError, DataError, UserError
+    from eclosion.export import export
+    from eclosion.inspection import check, list_parts, list_runs, show_data, write_config
+    from eclosion.report import write_report
+    from eclosion.sampling import sample
+    from eclosion.training.run import train
+
+__version__ = version("eclosion")
+
+_HOMES = {
+    "ConfigError": "eclosion.errors",
+    "DataError": "eclosion.errors",
+    "UserError": "eclosion.errors",
+    "check": "eclosion.inspection",
+    "demo": "eclosion.demo",
+    "doctor": "eclosion.doctor",
+    "export": "eclosion.export",
+    "list_parts": "eclosion.inspection",
+    "list_runs": "eclosion.inspection",
+    "sample": "eclosion.sampling",
+    "show_data": "eclosion.inspection",
+    "train": "eclosion.training.run",
+    "write_config": "eclosion.inspection",
+    "write_report": "eclosion.report",
+}
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "UserError",
+    "check",
+    "demo",
+    "doctor",
+    "export",
+    "list_parts",
+    "list_runs",
+    "sample",
+    "show_data",
+    "train",
+    "write_config",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'eclosion' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
