@@ -1,6 +1,89 @@
 """Shared set-up of the tests: one thread per worker, so that results do not depend on how many run beside."""
 
+import hashlib
+import json
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CI"] = "true"
+
+import pytest
+
+Config = dict[str, Any]
+
+
+def tiny_config(output: Path, **sections: Config) -> Config:
+    """A run of two dozen steps that uses everything random: crops, flips, dropout, accumulation, several averages."""
+    config: Config = {
+        "output": str(output),
+        "data": {
+            "source": {"name": "butterflies", "size": 40, "resolution": 20},
+            "image_size": 16,
+            "resize": "none",
+            "crop": "random",
+            "horizontal_flip": True,
+        },
+        "task": {
+            "model": {
+                "preset": None,
+                "options": {
+                    "block_out_channels": [16, 16],
+                    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+                    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+                    "layers_per_block": 1,
+                    "norm_num_groups": 4,
+                    "attention_head_dim": 4,
+                    "dropout": 0.1,
+                },
+            }
+        },
+        "train": {"duration": "12 steps", "batch_size": 8, "micro_batch_size": 4, "mixed_precision": "no"},
+        "optimizer": {"lr_schedule": "cosine", "lr_warmup_steps": 3, "learning_rate": 1e-3},
+        "ema": {"decays": [0.5, 0.3]},
+        "sample": {"every": "6 steps", "num_images": 2, "sampler": {"name": "ddim", "num_inference_steps": 2}},
+        "checkpoint": {"every": "3 steps"},
+        "track": {"every": "2 steps"},
+    }
+    for name, options in sections.items():
+        config[name] = {**config[name], **options} if isinstance(options, dict) else options
+    return config
+
+
+@pytest.fixture
+def make_config() -> Callable[..., Config]:
+    return tiny_config
+
+
+def results_of(run: Path) -> dict[str, Any]:
+    """Everything that two equal runs share: hashes of the last checkpoint, logged numbers, ledger, pictures."""
+    last = max((run / "checkpoints").glob("step-*"))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    ledger = run / "ledger.jsonl"
+    return {
+        "checkpoint": last.name,
+        "hashes": {path.name: _sha256(path) for path in sorted(last.glob("*.safetensors"))},
+        "numbers": [{k: v for k, v in line.items() if not k.startswith(("perf/", "sys/"))} for line in lines],
+        "ledger": ledger.read_text() if ledger.exists() else "",
+        "pictures": {path.name: _sha256(path) for path in sorted((run / "samples").glob("step-*.png"))},
+    }
+
+
+@pytest.fixture
+def results() -> Callable[[Path], dict[str, Any]]:
+    return results_of
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run that nothing disturbed."""
+    from eclosion import train
+
+    return train(tiny_config(tmp_path_factory.mktemp("runs") / "whole"))

@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def export(run: str | Path, out: str | Path, *, pipeline: str = "ddpm") -> Path:
 
 
 def export_task(
-    task: Task, run: RunConfig, meta: dict[str, Any], step: int, target: Path, *, pipeline: str | None = None
+    task: Task, run: RunConfig, meta: Mapping[str, Any], step: int, target: Path, *, pipeline: str | None = None
 ) -> Path:
     """Write a task's networks as a pipeline folder; it appears when it has been loaded again and compared."""
     kind = pipeline or run.export
@@ -99,7 +100,7 @@ def _probe(unet: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.tensor([1])
 
 
-def _card(kind: str, run: RunConfig, meta: dict[str, Any], step: int) -> str:
+def _card(kind: str, run: RunConfig, meta: Mapping[str, Any], step: int) -> str:
     """The model card: what it is, how to use it, what it was made from."""
     config = json.dumps(dump(run), indent=2)
     environment = json.dumps(meta["environment"], indent=2)

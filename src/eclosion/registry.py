@@ -21,8 +21,8 @@ from importlib.metadata import entry_points
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic_core import PydanticCustomError, core_schema
 
 from eclosion.errors import ConfigError, MissingExtraError, did_you_mean
 
@@ -38,10 +38,11 @@ __all__ = [
     "TABLES",
     "TASKS",
     "Option",
+    "PartOf",
     "describe",
     "dump",
     "part",
-    "part_type",
+    
     "resolve",
     "table_of",
 ]
@@ -170,17 +171,28 @@ def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
 
 
-def part_type(table: str, default: str | None = None) -> Any:
-    """The annotation of a config field that holds a part of a table; options alone belong to the default part."""
-    return Annotated[Any, BeforeValidator(lambda value: build(table, value, default)), WithJsonSchema({"part": table})]
+@dataclass(frozen=True)
+class PartOf:
+    """Annotation of a config field that holds a part: `Annotated[Any, PartOf("samplers")]`.
+
+    Attributes:
+        table: one of `TABLES`.
+        default: the part that options without a name belong to, if any.
+    """
+
+    table: str
+    default: str | None = None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(lambda value: build(self.table, value, self.default))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"part": self.table}  # config.json_schema puts the table's options in its place
 
 
 def table_of(annotation: object) -> str | None:
     """The table whose parts a field with this annotation holds, or None."""
-    for item in getattr(annotation, "__metadata__", ()):
-        if isinstance(item, WithJsonSchema) and item.json_schema and "part" in item.json_schema:
-            return str(item.json_schema["part"])
-    return None
+    return next((item.table for item in getattr(annotation, "__metadata__", ()) if isinstance(item, PartOf)), None)
 
 
 def dump(value: Any) -> Any:

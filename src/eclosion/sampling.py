@@ -1,7 +1,7 @@
 """From a task, or from a run folder, to images on disk."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ class TrainedTask:
     task: Task
     run: RunConfig
     step: int
-    manifest: dict[str, Any]
+    manifest: Mapping[str, Any]
     device: torch.device
     precision: Any
 

@@ -43,22 +43,24 @@ def denoiser(schedule: NoiseSchedule, prediction_type: str = "epsilon", **option
     return Denoiser(net=crooked, schedule=schedule, prediction_type=prediction_type, **options)
 
 
-def run_diffusers(scheduler, x: torch.Tensor, n: int, **step_options) -> torch.Tensor:
+def run_diffusers(scheduler, x: torch.Tensor, n: int) -> torch.Tensor:
     scheduler.set_timesteps(n)
+    return follow_diffusers(scheduler, x)
+
+
+def follow_diffusers(scheduler, x: torch.Tensor) -> torch.Tensor:
     for t in scheduler.timesteps:
         output = crooked(scheduler.scale_model_input(x, t), torch.full((len(x),), float(t)))
-        x = scheduler.step(output, t, x, **step_options).prev_sample
+        x = scheduler.step(output, t, x).prev_sample
     return x
 
 
 # ------------------------------------------------------------------ against diffusers
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 20, 50, 333, 999, 1000])
+@pytest.mark.parametrize("n", [2, 3, 7, 20, 50, 333, 999, 1000])  # with one, their linspace starts at t = 0
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_the_visited_levels_are_those_of_diffusers(spacing, n):
-    if spacing == "linspace" and n == 1:
-        pytest.skip("theirs starts from t = 0, though x is noise alone")
     scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing)
     scheduler.set_timesteps(n)
     path = levels(Linear().build(), n, spacing)
@@ -136,11 +138,9 @@ def test_dpm_solver_agrees_with_diffusers(n, spacing):
         final_sigmas_type="zero",
         timestep_spacing=spacing,
     )
-    scheduler.set_timesteps(n)
-    path = levels(Linear().build(), n, spacing)
-    if [level.t for level in path[:-1]] != scheduler.timesteps.tolist():
-        pytest.skip("theirs spaces these steps by a rule of its own")
-    expected = run_diffusers(scheduler, noise(), n)
+    # It has spacings of its own, and takes ours.
+    scheduler.set_timesteps(timesteps=[level.t for level in levels(Linear().build(), n, spacing)[:-1]])
+    expected = follow_diffusers(scheduler, noise())
     ours = DPMSolver(num_inference_steps=n, timestep_spacing=spacing)(denoiser(Linear().build()), noise(), rngs(2))
     torch.testing.assert_close(ours, expected, **FLOAT32_STEPS)
 
@@ -226,17 +226,17 @@ def test_the_error_falls_with_the_order_of_the_sampler(part, order):
     The levels are even in log SNR, so that all steps shrink alike. The step from t = 0 to the clean
     image is the same for any number of steps, and its exact result is known too.
     """
-    log_snr = torch.linspace(5, -5, 321, dtype=torch.float64)
+    log_snr = torch.linspace(8, -8, 961, dtype=torch.float64)
     schedule = NoiseSchedule(log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt())
     denoise, x = exact_for_gaussian(schedule), noise(4)
     at_t_0 = exact_flow(schedule, x, (schedule.alphas[0].item(), schedule.sigmas[0].item()))
     exact = denoise(at_t_0, 0)
     errors = [
         (part(num_inference_steps=n + 1, timestep_spacing="linspace")(denoise, x, rngs(4)) - exact).abs().max().item()
-        for n in (20, 40, 80)
+        for n in (30, 60, 120)
     ]
     measured = [math.log2(a / b) for a, b in pairwise(errors)]
-    assert measured == pytest.approx([order, order], abs=0.3)
+    assert measured == pytest.approx([order, order], abs=0.15)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_ddpm_has_the_mean_and_variance_that_the_paper_predicts(schedule):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
-@pytest.mark.parametrize("T", [1, 2, 3, 5, 40])
+@pytest.mark.parametrize("T", [1, 2, 3, 7])
 def test_one_known_image_is_found_exactly_in_any_number_of_steps(T, schedule, name):
     known = torch.linspace(-1, 1, 48).view(1, 3, 4, 4)
     levels_ = resolve("noise_schedules", schedule)(num_train_timesteps=T).build()

@@ -6,11 +6,11 @@ The comment above a field is that option's entry in the reference.
 import math
 import re
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from eclosion.registry import part, part_type
+from eclosion.registry import PartOf, part
 
 __all__ = [
     "CheckpointConfig",
@@ -68,7 +68,7 @@ class DataConfig:
     """Which images, and what the network sees of them."""
 
     # Where the images come from: the name of a source, with its options.
-    source: part_type("sources")
+    source: Annotated[Any, PartOf("sources")]
     # Height and width of the images that the network sees, in pixels; one number means a square.
     image_size: Positive | tuple[Positive, Positive] = 64
     # How an image reaches image_size: "cover" scales its shorter side and crops the rest, "stretch" changes its aspect ratio, "none" only crops.
@@ -163,7 +163,7 @@ class SampleConfig:
     # Images in the grid; 0 makes none.
     num_images: NonNegative = 16
     # The algorithm that removes noise.
-    sampler: part_type("samplers", "dpm_solver") = "dpm_solver"
+    sampler: Annotated[Any, PartOf("samplers", "dpm_solver")] = "dpm_solver"
     # How strongly images follow their condition; 1 is off.
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     # Image i of every grid starts from noise that depends on this and i alone.
@@ -189,7 +189,7 @@ class TrackConfig:
     # How often numbers are logged.
     every: Duration = "10 steps"
     # Where else they go.
-    log: list[part_type("loggers")] = field(default_factory=lambda: ["console"])
+    log: list[Annotated[Any, PartOf("loggers")]] = field(default_factory=lambda: ["console"])
 
 
 @part
@@ -205,7 +205,7 @@ class RunConfig:
     # The diffusers pipeline written into the folder when training is done.
     export: Literal["no", "ddpm", "ddim"] = "no"
     # What is trained: networks, noise and loss.
-    task: part_type("tasks", "unconditional") = "unconditional"
+    task: Annotated[Any, PartOf("tasks", "unconditional")] = "unconditional"
     # Everything random in a run follows from this number.
     seed: NonNegative = 0
     # How long, in which batches, and in which precision.

@@ -28,7 +28,8 @@ class HuggingFaceSource:
     The path is tried as a .parquet file, a folder written by `save_to_disk`, a folder that `load_dataset` can read
     (images, parquet files ...), and then as a name on the hub. Code that a data set brings along is never run.
 
-    The fingerprint covers the number of rows, the columns, and 64 rows spread evenly; a change elsewhere is not noticed.
+    The fingerprint covers the number of rows, the columns, and 64 rows spread evenly; a change elsewhere is not
+    noticed.
     """
 
     # Name on the hub, such as "huggan/smithsonian_butterflies_subset", or a file or folder.
@@ -96,10 +97,8 @@ class HuggingFaceSource:
 
     def _of_split(self, saved: Any) -> Any:
         """The split that is asked for, of what `save_to_disk` wrote: one split, or several by name."""
-        if isinstance(saved, datasets.DatasetDict):
-            splits = saved
-        else:
-            splits = {str(saved.split or self.split): saved}
+        several = isinstance(saved, datasets.DatasetDict)
+        splits = saved if several else {str(saved.split or self.split): saved}
         if self.split not in splits:
             raise DataError(
                 f"data.source.split: {self.path} has no split {self.split!r}.{did_you_mean(self.split, splits)}"
@@ -129,7 +128,7 @@ class HuggingFaceSamples:
     caption_column: str | None
     label_column: str | None
     class_names: tuple[str, ...]
-    label_of: Mapping[str, int]
+    label_of: Mapping[object, int]
     has_captions: bool
     fingerprint: str
 
@@ -170,7 +169,7 @@ class HuggingFaceSamples:
         if self.label_column is None:
             return None
         value = row[self.label_column]
-        label = self.label_of.get(value) if isinstance(value, str) else value
+        label = self.label_of.get(value) if self.label_of else value
         if label is None or not 0 <= label < len(self.class_names):
             raise BadSample(name, "label", f"has no class in column {self.label_column!r} (it holds {value!r}).")
         return int(label)
@@ -231,20 +230,17 @@ def _caption_column(features: Mapping[str, Any], named: str | None, path: str) -
     return named
 
 
-def _labels(data: Any, named: str | None, path: str) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Class names, and the label of each text if the column holds texts."""
+def _labels(data: Any, named: str | None, path: str) -> tuple[tuple[str, ...], dict[object, int]]:
+    """Class names, and the label of each value if the column holds texts or numbers."""
     if named is None:
         return (), {}
     feature = _existing(data.features, "label_column", named, path)
     if isinstance(feature, datasets.ClassLabel):
         return tuple(feature.names), {}
     dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
-    if dtype in {"string", "large_string"}:
-        texts = sorted(value for value in data.unique(named) if value is not None)
-        return tuple(texts), {text: label for label, text in enumerate(texts)}
-    if dtype.startswith(("int", "uint")):
-        highest = max((value for value in data.unique(named) if value is not None), default=-1)
-        return tuple(str(label) for label in range(highest + 1)), {}
+    if dtype in {"string", "large_string"} or dtype.startswith(("int", "uint")):
+        values = sorted(value for value in data.unique(named) if value is not None)
+        return tuple(map(str, values)), {value: label for label, value in enumerate(values)}
     raise DataError(
         f"data.source.label_column: column {named!r} of {path} holds no classes (ClassLabel, whole numbers or text). "
         f"It has: {_columns(data.features)}."

@@ -65,7 +65,7 @@ def decode(data: bytes | Path, name: str) -> Image.Image:
     try:
         with Image.open(BytesIO(raw), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise _too_large(name, f"{image.width} x {image.height}")
+                raise _too_large(name, str(image.width * image.height))
             image.load()
             return _upright(_adobe(image))
     except UnidentifiedImageError as error:

@@ -2,8 +2,9 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -97,7 +98,7 @@ class Loader:
         # what a random reading gave once must not be given again
         self._cache = _Cache(0 if self._keyed else int(config.cache_gb * 2**30))
 
-    def steps(self, start: int) -> Iterator[list[Batch]]:
+    def steps(self, start: int) -> Generator[list[Batch], None, None]:
         """The micro-batches of one step after the other, without end.
 
         Close the iterator to stop its threads.
@@ -110,10 +111,11 @@ class Loader:
         """
         starts = count(start + self.rank * self.share, self.batch_size)
         bad: dict[int, int] = {}  # epoch -> skipped so far
-        for step in self._read_ahead(starts):
-            for batch in step:
-                self._check_budget(batch.skipped, bad)
-            yield step
+        with closing(self._read_ahead(starts)) as steps:
+            for step in steps:
+                for batch in step:
+                    self._check_budget(batch.skipped, bad)
+                yield step
 
     def batch_at(self, positions: Sequence[int]) -> Batch:
         """The images at some positions, read now, in this thread.
@@ -122,7 +124,7 @@ class Loader:
         """
         return self._start(positions, _now)()
 
-    def _read_ahead(self, starts: Iterator[int]) -> Iterator[list[Batch]]:
+    def _read_ahead(self, starts: Iterator[int]) -> Generator[list[Batch], None, None]:
         if self.config.num_threads == 0 or self._keyed:
             for begin in starts:
                 yield [batch() for batch in self._start_step(begin, _now)]

@@ -243,6 +243,7 @@ def _stochastic(
     path: Sequence[Level], eta: float, denoise: Denoiser, x: Tensor, rngs: Sequence[Generator], on_step: OnStep | None
 ) -> Tensor:
     """x_s = alpha_s x_0 + sqrt(sigma_s^2 - std^2) eps + std z, with std = eta times that of the posterior."""
+    assert len(rngs) == len(x)  # or images would share their noise by broadcasting
     estimate = _counted(denoise, on_step, len(path) - 1)
     x = _start(x, path[0])
     for now, then in pairwise(path):

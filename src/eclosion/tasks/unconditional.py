@@ -14,7 +14,7 @@ from eclosion.diffusion.denoiser import Denoiser
 from eclosion.diffusion.loss import Loss, draw_noise, draw_timesteps
 from eclosion.diffusion.noise_schedule import NoiseSchedule
 from eclosion.errors import ConfigError, UserError
-from eclosion.registry import part, part_type
+from eclosion.registry import PartOf, part
 from eclosion.rng import Generator, randn, uniform
 from eclosion.tasks.task import DataFacts, OnStep
 
@@ -28,9 +28,9 @@ class Unconditional:
     """Images from nothing, or from a class when the data has labels."""
 
     # The network that is trained.
-    model: part_type("models", "diffusers") = "diffusers"
+    model: Annotated[Any, PartOf("models", "diffusers")] = "diffusers"
     # How much noise each timestep adds.
-    noise_schedule: part_type("noise_schedules", "cosine") = "cosine"
+    noise_schedule: Annotated[Any, PartOf("noise_schedules", "cosine")] = "cosine"
     # What the network predicts: the noise, the clean image, or a mix of both that is well scaled at every timestep; "flow" goes with rectified_flow.
     prediction_type: prediction.PredictionType = "v_prediction"
     # How the prediction is compared with its target.

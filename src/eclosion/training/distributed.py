@@ -53,7 +53,8 @@ class World:
 
             for block in _blocks(net):
                 fully_shard(block)
-            return fully_shard(net)
+            fully_shard(net)
+            return net
         device = next(net.parameters()).device
         ids = [device.index] if device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
@@ -62,8 +63,8 @@ class World:
         """The context of a backward pass; only the last micro-batch of a step exchanges gradients."""
         if isinstance(net, nn.parallel.DistributedDataParallel):
             return nullcontext() if last else net.no_sync()
-        if hasattr(net, "set_requires_gradient_sync"):
-            net.set_requires_gradient_sync(last)
+        if self.size > 1:
+            net.set_requires_gradient_sync(last)  # type: ignore[operator]  # what fsdp adds to a module
         return nullcontext()
 
     def barrier(self) -> None:
@@ -159,8 +160,8 @@ def full_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def put(target: Tensor, value: Tensor) -> None:
     """Write a whole tensor into one that may be split over processes."""
     with torch.no_grad():
-        if hasattr(target, "device_mesh"):
-            from torch.distributed.tensor import distribute_tensor  # only with fsdp
+        from torch.distributed.tensor import DTensor, distribute_tensor  # only here: slow to import
 
+        if isinstance(target, DTensor):
             value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
         target.copy_(value)

@@ -41,14 +41,16 @@ class Stage:
         train = config.train
         self.trained = name not in train.freeze
         layout = device.type == "cuda" if train.channels_last == "auto" else train.channels_last
-        self.module = module.to(device, memory_format=torch.channels_last if layout else torch.preserve_format)
+        self.module = module.to(device)
+        if layout:
+            self.module.to(memory_format=torch.channels_last)
         self.module.train(self.trained).requires_grad_(self.trained)
         if train.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()  # type: ignore[operator]
         self.net = world.prepare(self.module, train.parallel) if self.trained else self.module
         self.emas = [Ema(self.module, decay, warmup=config.ema.warmup) for decay in config.ema.decays]
         if train.compile:
-            self.net = torch.compile(self.net)  # type: ignore[assignment]
+            self.net.compile()
         self.optimizer = adamw(self.module.parameters(), config.optimizer) if self.trained else None
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.split = any(hasattr(p, "device_mesh") for p in self.parameters)
@@ -146,7 +148,7 @@ class Stage:
     def _slots(self) -> dict[str, Tensor]:
         if self.optimizer is None:
             return {}
-        names = {p: name for name, p in self.module.named_parameters()}
+        names: dict[Tensor, str] = {p: name for name, p in self.module.named_parameters()}
         return {
             f"{names[p]}.{slot}": value for p, slots in self.optimizer.state.items() for slot, value in slots.items()
         }

@@ -1,0 +1,159 @@
+"""Transforms against torchvision, which the tutorials use."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms as tv
+
+from eclosion.config.schema import DataConfig
+from eclosion.data.folder import FolderSource
+from eclosion.data.transforms import Transform, to_float
+from eclosion.errors import BadSample, ConfigError
+from eclosion.rng import generator
+
+FILTERS = {
+    "bilinear": tv.InterpolationMode.BILINEAR,
+    "bicubic": tv.InterpolationMode.BICUBIC,
+    "lanczos": tv.InterpolationMode.LANCZOS,
+}
+SIZES = [(64, 48), (48, 64), (33, 97), (200, 131), (20, 15), (32, 32), (31, 32)]
+
+
+def transform(**options):
+    return Transform.of(DataConfig(source=FolderSource(root="."), **options))
+
+
+def picture(width, height):
+    return Image.fromarray(np.random.default_rng(width * height).integers(0, 256, (height, width, 3), np.uint8))
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
+@pytest.mark.parametrize("size", SIZES)
+def test_stretch_is_bitwise_torchvisions_resize(size, interpolation):
+    image = picture(*size)
+    theirs = tv.Resize((32, 32), FILTERS[interpolation])(image)
+    ours = transform(image_size=32, resize="stretch", interpolation=interpolation).prepare(image, "x")
+    np.testing.assert_array_equal(ours, np.asarray(theirs))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_cover_is_bitwise_torchvisions_resize_and_center_crop(size):
+    image = picture(*size)
+    theirs = tv.CenterCrop(32)(tv.Resize(32, tv.InterpolationMode.BICUBIC)(image))
+    np.testing.assert_array_equal(transform(image_size=32).prepare(image, "x"), np.asarray(theirs))
+
+
+@pytest.mark.parametrize("size", [(64, 48), (48, 64), (33, 97), (200, 131)])
+@pytest.mark.parametrize("target", [(16, 40), (40, 16), (24, 32)])
+def test_cover_fills_any_rectangle_and_keeps_the_shape_of_things(size, target):
+    # a ramp from left to right and one from top to bottom: their slopes tell the scale in each direction
+    width, height = size
+    ramp = np.zeros((height, width, 3), np.float64)
+    ramp[..., 0], ramp[..., 1] = np.linspace(0, 255, width), np.linspace(0, 255, height)[:, None]
+    seen = transform(image_size=target, interpolation="bilinear").prepare(Image.fromarray(ramp.astype(np.uint8)), "x")
+    assert seen.shape == (*target, 3)
+    scale = max(target[0] / height, target[1] / width)
+    middle = seen[target[0] // 4 : -target[0] // 4, target[1] // 4 : -target[1] // 4].astype(float)
+    slope_x = np.diff(middle[..., 0], axis=1).mean()
+    slope_y = np.diff(middle[..., 1], axis=0).mean()
+    assert slope_x == pytest.approx(255 / (width * scale), rel=0.12)
+    assert slope_y == pytest.approx(255 / (height * scale), rel=0.12)
+
+
+@pytest.mark.parametrize("size", [(40, 36), (33, 32), (32, 35)])
+def test_without_resize_the_centre_is_kept(size):
+    image = picture(*size)
+    np.testing.assert_array_equal(
+        transform(image_size=32, resize="none").prepare(image, "x"), np.asarray(tv.CenterCrop(32)(image))
+    )
+
+
+def test_an_image_smaller_than_the_crop_is_refused_with_the_cure():
+    with pytest.raises(BadSample) as caught:
+        transform(image_size=(32, 64), resize="none").prepare(picture(60, 40), "cats/a.png")
+    assert caught.value.reason == "too_small"
+    assert str(caught.value) == (
+        "cats/a.png: is 60x40 pixels (width x height), smaller than the crop of 64x32. "
+        'Set data.resize to "cover", or data.image_size to less.'
+    )
+
+
+def test_an_image_of_one_pixel_can_be_scaled_up():
+    assert transform(image_size=8).prepare(picture(1, 1), "x").shape == (8, 8, 3)
+    assert transform(image_size=8).prepare(picture(1, 50), "x").shape == (8, 8, 3)
+
+
+def test_all_bytes_become_the_floats_of_totensor_and_normalize():
+    pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    out = np.empty((1, 3, 16, 16), np.float32)
+    to_float(pixels, out)
+    theirs = tv.Compose([tv.ToTensor(), tv.Normalize([0.5], [0.5])])(Image.fromarray(pixels[0]))
+    assert torch.equal(torch.from_numpy(out[0]), theirs)
+    assert (out.min(), out.max()) == (-1, 1)
+
+
+def test_the_tutorials_preprocessing_is_reproduced_bit_for_bit():
+    image = picture(173, 120)
+    theirs = tv.Compose([tv.Resize((64, 64)), tv.ToTensor(), tv.Normalize([0.5], [0.5])])(image)
+    ours = np.empty((1, 3, 64, 64), np.float32)
+    to_float(transform(image_size=64, resize="stretch", interpolation="bilinear").prepare(image, "x")[None], ours)
+    assert torch.equal(torch.from_numpy(ours[0]), theirs)
+
+
+def test_nothing_is_random_unless_asked_for():
+    assert not transform(image_size=8).is_random
+    assert not transform(image_size=8, resize="stretch", crop="random").is_random
+    assert transform(image_size=8, crop="random").is_random
+    assert transform(image_size=8, horizontal_flip=True).is_random
+
+
+def test_a_flip_mirrors_half_of_the_images():
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    flip = transform(image_size=8, horizontal_flip=True)
+    mirrored = 0
+    for position in range(400):
+        seen = flip.augment(pixels, generator(0, "augment", position))
+        is_mirrored = np.array_equal(seen, pixels[:, ::-1])
+        assert is_mirrored or np.array_equal(seen, pixels)
+        mirrored += is_mirrored
+    assert abs(mirrored - 200) < 4 * 10  # four standard deviations of a fair coin
+
+
+def test_a_random_crop_reaches_every_place_and_only_real_ones():
+    rows, columns = np.mgrid[0:11, 0:9].astype(np.uint8)
+    pixels = np.stack([rows, columns, columns], -1)
+    crop = transform(image_size=(8, 6), resize="none", crop="random")
+    assert crop.prepare(Image.fromarray(pixels), "x").shape == (11, 9, 3)
+    corners = set()
+    for position in range(300):
+        seen = crop.augment(pixels, generator(0, "augment", position))
+        top, left = map(int, seen[0, 0, :2])
+        np.testing.assert_array_equal(seen, pixels[top : top + 8, left : left + 6])
+        corners.add((top, left))
+    assert corners == {(top, left) for top in range(4) for left in range(4)}
+
+
+def test_a_flip_is_the_same_with_and_without_a_random_crop():
+    """One option does not change what another draws."""
+    columns = np.broadcast_to(np.arange(8, dtype=np.uint8)[None, :, None], (8, 8, 3))
+    flip = transform(image_size=8, horizontal_flip=True)
+    both = transform(image_size=8, horizontal_flip=True, crop="random")
+    for position in range(50):
+        alone = flip.augment(columns, generator(0, "augment", position))
+        with_crop = both.augment(columns, generator(0, "augment", position))
+        np.testing.assert_array_equal(alone, with_crop)
+
+
+def test_a_background_that_is_no_colour_is_refused():
+    with pytest.raises(ConfigError) as caught:
+        transform(background="whit")
+    assert str(caught.value) == (
+        "data.background: 'whit' is not a colour. Give a CSS colour name such as 'white', or '#rrggbb'."
+    )
+
+
+def test_the_background_shows_through_transparent_images():
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    seen = transform(image_size=4, background="#102030").prepare(image, "x")
+    np.testing.assert_array_equal(seen, np.broadcast_to([0x10, 0x20, 0x30], (4, 4, 3)))
