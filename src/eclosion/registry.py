@@ -11,18 +11,22 @@ called `<table>.<name>`, such as `samplers.unipc`.
 import dataclasses
 import inspect
 import io
+import json
 import re
 import tokenize
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin
 
 import pydantic
-from pydantic import ConfigDict, Field, TypeAdapter
-from pydantic_core import PydanticCustomError, core_schema
+from pydantic import ConfigDict, Field, TypeAdapter, WithJsonSchema
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError, PydanticUndefined, core_schema
 
 from eclosion.errors import ConfigError, MissingExtraError, did_you_mean
 
@@ -42,7 +46,6 @@ __all__ = [
     "describe",
     "dump",
     "part",
-    
     "resolve",
     "table_of",
 ]
@@ -99,7 +102,8 @@ EXTRAS = {"datasets": "datasets", "tensorboard": "tensorboard"}
 def part(cls: type[T]) -> type[T]:
     """Make a class a part: its fields become options, checked when it is built."""
     config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True)
-    return pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(cls)
+    made: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(cls)
+    return made  # type: ignore[no-any-return]
 
 
 @cache
@@ -160,7 +164,7 @@ def build(table: str, value: object, default: str | None = None) -> Any:
         hint = f"has no 'name'. Known {table.replace('_', ' ')}: {', '.join(sorted(names(table)))}."
         raise PydanticCustomError("part", "{hint}", {"hint": hint})
     try:
-        cls = resolve(table, name)
+        cls: Any = resolve(table, name)
     except ConfigError as error:
         raise PydanticCustomError("part", "{message}", {"message": str(error)}) from error
     return _adapter(cls).validate_python(options)
@@ -232,7 +236,7 @@ def describe(cls: type[Any]) -> list[Option]:
         if base.__module__ != "builtins":
             comments |= _comments(base)
     return [
-        Option(f.name, _type_name(f.type), _default(f), comments.get(f.name, ""))
+        Option(f.name, type_name(f.type), _default(f), comments.get(f.name, ""))
         for f in dataclasses.fields(cls)
         if f.init
     ]
@@ -257,25 +261,51 @@ def _comments(cls: type[Any]) -> dict[str, str]:
     return found
 
 
-def _type_name(annotation: object) -> str:
-    if isinstance(annotation, str):
-        return annotation
+_WORDS = {str: "text", Path: "path", type(None): "none", Any: "anything"}
+_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+def type_name(annotation: Any) -> str:
+    """What a value may be, in words: "int >= 1", "one of: l1, l2, huber", "list of text"."""
     if table := table_of(annotation):
         return f"one of the {table.replace('_', ' ')}"
-    if hasattr(annotation, "__metadata__"):
-        annotation = annotation.__origin__
-    text = (
-        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
-    )
-    return re.sub(r"\b(typing|pathlib|collections\.abc|eclosion(\.\w+)*)\.", "", text)
+    origin, inside = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _constrained(*inside)
+    if origin is Literal:
+        return f"one of: {', '.join(map(str, inside))}" if len(inside) > 1 else str(inside[0])
+    if origin in (Union, UnionType):
+        return " or ".join(map(type_name, inside))
+    if origin is list:
+        return f"list of {type_name(*inside)}"
+    if origin is tuple:
+        return f"[{', '.join(map(type_name, inside))}]"
+    if origin is dict:
+        return "mapping"
+    return _WORDS.get(annotation) or str(getattr(annotation, "__name__", annotation))
+
+
+def _constrained(annotation: Any, *metadata: Any) -> str:
+    """The words for an annotation with bounds, or the title that its JSON Schema gives it."""
+    constraints = [c for m in metadata for c in (m.metadata if isinstance(m, FieldInfo) else [m])]
+    for schema in (c.json_schema for c in constraints if isinstance(c, WithJsonSchema)):
+        if schema and "title" in schema:
+            return str(schema["title"])
+    bounds = [f"{sign} {getattr(c, key):g}" for c in constraints for key, sign in _BOUNDS.items() if hasattr(c, key)]
+    return f"{type_name(annotation)} {' and '.join(bounds)}".rstrip()
 
 
 def _default(field: "dataclasses.Field[Any]") -> str:
-    default = field.default
-    factory: Callable[[], Any] | object = field.default_factory
-    if hasattr(default, "get_default"):  # pydantic's Field(...)
+    default: Any = field.default
+    factory: Any = field.default_factory
+    if isinstance(default, FieldInfo):
         default = default.get_default(call_default_factory=True)
-        return "required" if repr(default) == "PydanticUndefined" else str(dump(default))
-    if default is not dataclasses.MISSING:
-        return str(dump(default))
-    return str(dump(factory())) if callable(factory) and factory is not dataclasses.MISSING else "required"
+    elif default is dataclasses.MISSING:
+        default = PydanticUndefined if factory is dataclasses.MISSING else factory()
+    if default is PydanticUndefined:
+        return "required"
+    if dataclasses.is_dataclass(default):
+        return "its own defaults"
+    if default is None:
+        return "none"
+    return default if isinstance(default, str) else json.dumps(dump(default))

@@ -219,50 +219,6 @@ def assert_one_line(message: str, run: RunDir) -> None:
 # --- power loss --------------------------------------------------------------------------------------------------------
 
 
-class Disk:
-    """What a power loss leaves of the operations so far, in the two worst ways a file system may choose.
-
-    forgetful: only what was fsynced survives: file content by fsync of the file, names by fsync of their folder.
-    eager: all names survive at once, but of a file's content only what was fsynced; the rest reads as zeros.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.names: dict[str, object] = {}  # path below root -> inode number, or "folder"
-        self.durable_names: dict[str, object] = {}
-        self.synced: dict[object, bytes] = {}  # inode -> content at its last fsync
-        self.sizes: dict[object, int] = {}
-
-    def note(self) -> None:
-        """Look at all names and sizes as they are now."""
-        self.names = {}
-        for path in sorted(self.root.rglob("*")):
-            inode = path.stat().st_ino
-            self.names[str(path.relative_to(self.root))] = "folder" if path.is_dir() else inode
-            if path.is_file():
-                self.sizes[inode] = path.stat().st_size
-
-    def fsync(self, path: Path) -> None:
-        if path.is_file():
-            self.synced[path.stat().st_ino] = path.read_bytes()
-            return
-        folder = "" if path == self.root else str(path.relative_to(self.root))
-        inside = {name: kind for name, kind in self.names.items() if str(Path(name).parent) in (folder, folder or ".")}
-        # A folder that was renamed takes along what was durable inside it.
-        moved = {}
-        for name, kind in inside.items():
-            moved[name] = kind
-            for old, old_kind in self.inside_of.get(name, {}).items():
-                moved[f"{name}/{old}"] = old_kind
-        gone = [n for n in self.durable_names if str(Path(n).parent) in (folder, folder or ".")]
-        for name in gone:
-            for old in [n for n in self.durable_names if n == name or n.startswith(f"{name}/")]:
-                del self.durable_names[old]
-        self.durable_names |= moved
-
-    inside_of: dict[str, dict[str, object]] = {}
-
-
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 def test_everything_is_durable_before_it_is_visible(tmp_path, scenario):
     """The order of operations that power loss asks for, checked on the log of a real save.

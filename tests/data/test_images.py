@@ -296,10 +296,43 @@ def test_a_file_that_ends_early_is_never_half_an_image(format):
         assert "\n" not in str(caught.value)
 
 
-def test_a_progressive_jpeg_that_ends_early_is_truncated():
-    whole = encoded(Image.fromarray(noise(64, 64, 3)), "JPEG", progressive=True)
-    with pytest.raises(BadSample, match="truncated"):
-        decode(whole[: len(whole) * 3 // 4], "x")
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True}),
+        ("PNG", {}),
+        ("WEBP", {}),
+        ("WEBP", {"lossless": True}),
+        ("GIF", {"interlace": 0}),
+        ("GIF", {"interlace": 1}),
+        ("BMP", {}),
+    ],
+)
+def test_wherever_a_file_ends_it_gives_all_of_its_pixels_or_an_error(format, options):
+    whole = encoded(Image.fromarray(noise(6, 6, 3)), format, **options)
+    wanted, refused = np.asarray(to_rgb(decode(whole, "x"))), 0
+    for kept in range(len(whole)):
+        try:
+            seen = to_rgb(decode(whole[:kept], "x"))
+        except BadSample:
+            refused += 1
+        else:
+            np.testing.assert_array_equal(np.asarray(seen), wanted, err_msg=f"{kept} of {len(whole)} bytes")
+    assert refused >= len(whole) - 20  # PNG: two checksums and the end mark
+
+
+def test_a_flipped_bit_in_a_png_is_never_another_image():
+    whole = encoded(Image.fromarray(noise(6, 6, 3)), "PNG")
+    wanted = np.asarray(to_rgb(decode(whole, "x")))
+    for bit in range(0, 8 * len(whole), 3):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        try:
+            seen = to_rgb(decode(bytes(flipped), "x"))
+        except BadSample:
+            continue
+        np.testing.assert_array_equal(np.asarray(seen), wanted)
 
 
 @pytest.mark.parametrize("size", [(10_000, 9_000), (20_000, 20_000)], ids=["over the limit", "over twice the limit"])

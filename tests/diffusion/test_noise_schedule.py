@@ -100,6 +100,10 @@ def test_rescaling_makes_the_last_level_pure_noise_and_keeps_the_first(part):
     assert not plain.zero_terminal_snr
 
 
+def test_rescaling_the_only_level_leaves_pure_noise():
+    assert Linear(num_train_timesteps=1, rescale_zero_terminal_snr=True).build().alphas.tolist() == [0.0]
+
+
 def test_rescaling_is_a_straight_line_in_the_square_root():
     abar = Linear().build().alphas_cumprod
     a, b = abar.sqrt(), rescale_zero_terminal_snr(abar).sqrt()

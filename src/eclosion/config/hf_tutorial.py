@@ -44,7 +44,7 @@ def translate(settings: Mapping[str, Any]) -> Translation:
     unknown = sorted(set(settings) - set(DEFAULTS))
     if unknown:
         raise ConfigError([f"{key} is not a setting of the tutorial.{did_you_mean(key, DEFAULTS)}" for key in unknown])
-    s = DEFAULTS | settings
+    s = {**DEFAULTS, **settings}
     source, notes = _source(s["dataset_name"]), _hub_notes(s)
     numbers = ("train_batch_size", "gradient_accumulation_steps", "eval_batch_size", "num_epochs")
     wrong = [f"{key} must be a whole number, at least 1, not {s[key]!r}." for key in numbers if not _is_count(s[key])]

@@ -8,7 +8,7 @@ import re
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from eclosion.registry import PartOf, part
 
@@ -41,7 +41,12 @@ def _check_duration(value: str) -> str:
 
 
 # "1000 steps", "100000 samples" or "50 epochs"; a bare number counts steps.
-Duration = Annotated[str, BeforeValidator(_duration), AfterValidator(_check_duration)]
+Duration = Annotated[
+    str,
+    BeforeValidator(_duration),
+    AfterValidator(_check_duration),
+    WithJsonSchema({"title": "duration", "type": ["string", "integer"], "pattern": _DURATION.pattern, "minimum": 1}),
+]
 
 
 def steps_in(duration: str, *, batch_size: int, epoch_samples: int) -> int:

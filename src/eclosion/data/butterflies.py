@@ -306,7 +306,8 @@ class _Pen:
         self.canvas = Image.new("RGB", (side, side), edge)
         self.mask = Image.new("L", (side, side), 0)
         self._draw, self._draw_mask = ImageDraw.Draw(self.canvas), ImageDraw.Draw(self.mask)
-        self._half = side / 2
+        # Halfway between the middle two pixels: a point and its mirror image then round alike.
+        self._middle = (side - 1) / 2
         self.scale = side / 2 * butterfly.span
         slope = butterfly.angle
         cosine = 1 / (1 + slope * slope) ** 0.5
@@ -316,7 +317,7 @@ class _Pen:
 
     def _place(self, points: Points, side: Points) -> list[int]:
         # Whole numbers, so that the last bit of a product cannot move a corner.
-        flat: list[int] = np.floor(points @ side + self._half).astype(np.int64).ravel().tolist()
+        flat: list[int] = np.rint(points @ side + self._middle).astype(np.int64).ravel().tolist()
         return flat
 
     def polygon(self, points: Points, colour: Colour, *, silhouette: bool = False) -> None:

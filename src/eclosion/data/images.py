@@ -2,7 +2,8 @@
 
 Formats     JPEG, PNG, WebP, GIF and BMP. Every other format, TIFF included, is refused: convert it first.
 Size        more than `MAX_PIXELS` pixels is an error, found before any pixel is decoded.
-Damage      a file that ends early is an error, and never half an image.
+Damage      a file that ends before its last pixel is an error, never half an image. PNG holds checksums, and they are
+            checked; the other formats have none.
 Rotation    the orientation in EXIF is applied. An EXIF block that cannot be read counts as upright.
 Animation   the first frame is taken.
 Alpha       transparency, of an alpha channel, a palette entry or a key colour, is flattened on a background colour:

@@ -138,8 +138,8 @@ class Loader:
                 if len(ahead) > STEPS_AHEAD:
                     yield [batch() for batch in ahead.popleft()]
         finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
+            stop.set()  # what is queued ends at once
+            pool.shutdown()
 
     def _start_step(self, begin: int, submit: _Submit) -> list[Callable[[], Batch]]:
         cuts = range(begin, begin + self.share, self.micro_batch_size)
@@ -172,7 +172,7 @@ class Loader:
         as_they_are: dict[int, Tensor] = {}
         for row, (position, index) in enumerate(zip(positions, self.order.indices(positions).tolist(), strict=True)):
             if stopped():
-                break
+                return chunk
             try:
                 ready = self._ready(index, position)
             except BadSample as error:

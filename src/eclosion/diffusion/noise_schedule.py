@@ -85,7 +85,7 @@ class NoiseSchedule:
 
     @property
     def zero_terminal_snr(self) -> bool:
-        """Whether the last level is noise alone, so that the network's output says nothing of eps there."""
+        """Whether the last level is noise alone, so that predicting its noise says nothing about the image."""
         return bool(self.alphas[-1] == 0)
 
     def gather(self, t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
@@ -102,12 +102,7 @@ class NoiseSchedule:
             Two float32 tensors [B, 1, ...] with `ndim` dimensions, on t's device.
         """
         if t.device not in self._tables:
-            # A table born in inference mode could not take part in training later.
-            with torch.inference_mode(False):
-                self._tables[t.device] = (
-                    self.alphas.to(torch.float32).to(t.device),
-                    self.sigmas.to(torch.float32).to(t.device),
-                )
+            self._tables[t.device] = self.alphas.float().to(t.device), self.sigmas.float().to(t.device)
         alphas, sigmas = self._tables[t.device]
         shape = (-1, *(1,) * (ndim - 1))
         return alphas[t].view(shape), sigmas[t].view(shape)

@@ -44,16 +44,19 @@ class World:
         """Whether this process writes the run folder."""
         return self.rank == 0
 
-    def prepare(self, net: nn.Module, how: str) -> nn.Module:
-        """The network as the loop calls it: its gradients are averaged over all processes."""
-        if self.size == 1:
-            return net
-        if how == "fsdp":
+    def split(self, net: nn.Module, how: str) -> nn.Module:
+        """The network with its weights divided among all processes, if `how` is "fsdp"."""
+        if self.size > 1 and how == "fsdp":
             from torch.distributed.fsdp import fully_shard  # not in every build of torch
 
             for block in _blocks(net):
                 fully_shard(block)
             fully_shard(net)
+        return net
+
+    def prepare(self, net: nn.Module, how: str) -> nn.Module:
+        """The network as the loop calls it: its gradients are averaged over all processes."""
+        if self.size == 1 or how == "fsdp":
             return net
         device = next(net.parameters()).device
         ids = [device.index] if device.type == "cuda" else None

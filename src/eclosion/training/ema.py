@@ -1,6 +1,5 @@
 """Exponential moving averages of a network's weights."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,15 +20,21 @@ def warmed_up(decay: float, step: int) -> float:
 class Ema:
     """One average: a copy of the network, in eval mode, that follows it.
 
+    Args:
+        net: the network that is followed.
+        copy: a copy of it, which becomes the average.
+        decay: share of the old average that an update keeps.
+        warmup: whether the decay is small at first.
+
     Attributes:
         decay: share of the old average that an update keeps.
         net: the averaged network; what previews, evaluation and export use.
     """
 
-    def __init__(self, net: nn.Module, decay: float, *, warmup: bool) -> None:
+    def __init__(self, net: nn.Module, copy: nn.Module, decay: float, *, warmup: bool) -> None:
         self.decay, self.warmup = decay, warmup
-        self.net = copy.deepcopy(net).eval().requires_grad_(False)
-        self._averages, self._weights = _matched(self.net, net)
+        self.net = copy.eval().requires_grad_(False)
+        self._averages, self._weights = _tensors(copy), _tensors(net)
 
     def update(self, step: int, skip: Tensor | None = None) -> None:
         """Move the average towards the network's present weights.
@@ -47,12 +52,8 @@ class Ema:
             torch._foreach_lerp_(self._averages, self._weights, [amount] * len(self._weights))
 
 
-def _matched(average: nn.Module, net: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """The floating-point tensors of both, parameters and buffers, in the same order."""
-    ours, theirs = _tensors(average), _tensors(net)
-    return ours, theirs
-
-
+@torch.no_grad()
 def _tensors(net: nn.Module) -> list[Tensor]:
+    """The floating-point parameters and buffers; of those split over processes, the share of this one."""
     found: Sequence[Any] = [*net.parameters(), *net.buffers()]
-    return [t.data for t in found if t.is_floating_point()]
+    return [t.to_local() if hasattr(t, "to_local") else t.detach() for t in found if t.is_floating_point()]

@@ -12,6 +12,7 @@ from eclosion.errors import TrainingDiverged
 from eclosion.registry import dump
 from eclosion.rng import generator
 from eclosion.tracking.tracker import write_json
+from eclosion.training.distributed import full_tensors
 
 if TYPE_CHECKING:
     from eclosion.training.start import Context
@@ -47,7 +48,7 @@ def diverged(c: "Context") -> TrainingDiverged:
     tensors = {k: v for k, v in batch.fields.items() if isinstance(v, Tensor)}
     save_file(_whole(tensors), folder / "batch.safetensors")
     save_file(_whole({k: v for k, v in _fields(drawn).items() if isinstance(v, Tensor)}), folder / "drawn.safetensors")
-    save_file(_whole(module.state_dict()), folder / f"{name}.safetensors")
+    save_file(_whole(full_tensors(module.state_dict())), folder / f"{name}.safetensors")
     write_json(
         folder / "info.json",
         {

@@ -26,6 +26,7 @@ from eclosion.registry import dump
 from eclosion.report import write_report
 from eclosion.rng import integer_seed
 from eclosion.rundir import RunDir
+from eclosion.sampling import load_trained
 from eclosion.tasks.task import DataFacts, Task
 from eclosion.tracking.tracker import Tracker, write_json
 from eclosion.training.distributed import World
@@ -123,8 +124,8 @@ class Context:
         if not self.world.leads:
             return
         if self.run.export != "no":
-            nets = {name: stage.sampled for name, stage in self.state.stages.items()}
-            export_task(self.task.with_nets(nets), self.run, self.meta, self.state.step, self.folder.root)
+            trained = load_trained(self.folder.root, device="cpu")
+            export_task(trained.task, self.run, self.meta, self.state.step, self.folder.root)
             self.tracker.say(f"pipeline written to {self.folder.root}")
         self.tracker.say("finished", step=self.state.step)
         write_report(self.folder)

@@ -1,5 +1,6 @@
 """What a run changes as it goes: one stage per network, and the position in the data."""
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -47,8 +48,13 @@ class Stage:
         self.module.train(self.trained).requires_grad_(self.trained)
         if train.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()  # type: ignore[operator]
+        copies = [copy.deepcopy(self.module) for _ in config.ema.decays]
+        world.split(self.module, train.parallel)
         self.net = world.prepare(self.module, train.parallel) if self.trained else self.module
-        self.emas = [Ema(self.module, decay, warmup=config.ema.warmup) for decay in config.ema.decays]
+        self.emas = [
+            Ema(self.module, world.split(average, train.parallel), decay, warmup=config.ema.warmup)
+            for average, decay in zip(copies, config.ema.decays, strict=True)
+        ]
         if train.compile:
             self.net.compile()
         self.optimizer = adamw(self.module.parameters(), config.optimizer) if self.trained else None
