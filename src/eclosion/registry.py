@@ -43,11 +43,14 @@ __all__ = [
     "TASKS",
     "Option",
     "PartOf",
+    "build",
     "describe",
     "dump",
+    "names",
     "part",
+    "part_of",
     "resolve",
-    "table_of",
+    "type_name",
 ]
 
 SOURCES = {
@@ -101,7 +104,7 @@ EXTRAS = {"datasets": "datasets", "tensorboard": "tensorboard"}
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
 def part(cls: type[T]) -> type[T]:
     """Make a class a part: its fields become options, checked when it is built."""
-    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True)
+    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True, allow_inf_nan=False)
     made: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(cls)
     return made  # type: ignore[no-any-return]
 
@@ -191,12 +194,12 @@ class PartOf:
         return core_schema.no_info_plain_validator_function(lambda value: build(self.table, value, self.default))
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
-        return {"part": self.table}  # config.json_schema puts the table's options in its place
+        return {"part": self.table, "unnamed": self.default}  # config.json_schema puts the table's options in its place
 
 
-def table_of(annotation: object) -> str | None:
-    """The table whose parts a field with this annotation holds, or None."""
-    return next((item.table for item in getattr(annotation, "__metadata__", ()) if isinstance(item, PartOf)), None)
+def part_of(annotation: object) -> PartOf | None:
+    """What kind of part a field with this annotation holds, or None."""
+    return next((item for item in getattr(annotation, "__metadata__", ()) if isinstance(item, PartOf)), None)
 
 
 def dump(value: Any) -> Any:
@@ -261,14 +264,14 @@ def _comments(cls: type[Any]) -> dict[str, str]:
     return found
 
 
-_WORDS = {str: "text", Path: "path", type(None): "none", Any: "anything"}
-_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+_WORDS = {str: "text", bool: "true or false", Path: "path", type(None): "none", Any: "anything"}
+_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "min_length": "of length >="}
 
 
 def type_name(annotation: Any) -> str:
     """What a value may be, in words: "int >= 1", "one of: l1, l2, huber", "list of text"."""
-    if table := table_of(annotation):
-        return f"one of the {table.replace('_', ' ')}"
+    if held := part_of(annotation):
+        return held.table.removesuffix("s").replace("_", " ")
     origin, inside = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _constrained(*inside)
@@ -277,7 +280,8 @@ def type_name(annotation: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(map(type_name, inside))
     if origin is list:
-        return f"list of {type_name(*inside)}"
+        held = part_of(inside[0])
+        return f"list of {held.table.replace('_', ' ') if held else type_name(inside[0])}"
     if origin is tuple:
         return f"[{', '.join(map(type_name, inside))}]"
     if origin is dict:

@@ -1,7 +1,7 @@
 """From a task, or from a run folder, to images on disk."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from eclosion.checkpoint.store import CheckpointStore
 from eclosion.config.load import read_file, validate
 from eclosion.config.schema import RunConfig
 from eclosion.device import autocast, pick_device, pick_precision
+from eclosion.diffusion.samplers import OnStep
 from eclosion.errors import CheckpointError, ConfigError
 from eclosion.registry import build
 from eclosion.rng import generator
 from eclosion.rundir import RunDir
-from eclosion.tasks.task import DataFacts, OnStep, Task
+from eclosion.tasks.task import DataFacts, Task
 
 __all__ = ["TrainedTask", "grid", "load_trained", "make_images", "sample", "save_png"]
 
@@ -142,7 +143,7 @@ def sample(
     out: str | Path | None = None,
     batch_size: int = 16,
     device: str = "auto",
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Path:
     """Make images with a trained run.
 

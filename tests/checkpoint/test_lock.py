@@ -29,7 +29,9 @@ time.sleep(60)
 
 def holder(root, then=""):
     """Another process that holds the lock, and has said so."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD.format(then=then), str(root)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD.format(then=then), str(root)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "held\n"
     return process
 

@@ -151,12 +151,14 @@ def test_a_failure_in_the_background_surfaces_once_at_the_next_call(run, monkeyp
         store.save(2, weights(2), {}, {})
         while store.busy:
             pass
+    calls = {
+        "check": store.check,
+        "close": store.close,
+        "save": lambda: store.save(3, weights(3), {}, {}),
+        "with": lambda: store.__exit__(None, None, None),
+    }
     with pytest.raises(CheckpointError, match="step-00000002 cannot be saved: No space left on device"):
-        if how == "with":
-            with store:
-                pass
-        else:
-            {"check": store.check, "close": store.close, "save": lambda: store.save(3, weights(3), {}, {})}[how]()
+        calls[how]()
     store.check()
     assert steps(store) == [1]
     store.close()
@@ -175,9 +177,14 @@ def test_after_a_failed_save_the_next_one_works(run, monkeypatch):
 
 def test_an_error_that_ended_the_run_is_not_hidden_by_a_failed_save(run, monkeypatch):
     monkeypatch.setattr(storage, "write", lambda *_: (_ for _ in ()).throw(CheckpointError("the disk is full")))
-    with pytest.raises(ZeroDivisionError) as caught, CheckpointStore(run) as store:
-        store.save(1, weights(1), {}, {})
-        raise ZeroDivisionError
+
+    def train():
+        with CheckpointStore(run) as store:
+            store.save(1, weights(1), {}, {})
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        train()
     assert caught.value.__notes__ == ["the disk is full"]
 
 
@@ -204,7 +211,9 @@ def test_when_no_checkpoint_is_valid_nothing_starts_from_scratch(run):
     store = filled(run, 1, 2)
     damage(run, 1)
     damage(run, 2, "manifest.json")
-    with pytest.raises(CheckpointError, match="none of its 2 checkpoints is valid: .*step-00000002/manifest.json") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"none of its 2 checkpoints is valid: .*step-00000002/manifest\.json"
+    ) as caught:
         store.latest()
     assert "\n" not in str(caught.value)
     store.close()

@@ -277,7 +277,7 @@ def test_what_is_no_image_is_named(data, reason, message):
 def test_a_path_that_cannot_be_read_says_why(tmp_path):
     with pytest.raises(BadSample) as caught:
         decode(tmp_path / "gone.png", "gone.png")
-    assert (caught.value.reason, str(caught.value)) == ("missing", "gone.png: the file does not exist any more.")
+    assert (caught.value.reason, str(caught.value)) == ("missing", "gone.png: the file does not exist (any more).")
     with pytest.raises(BadSample) as caught:
         decode(tmp_path, "folder")
     assert (caught.value.reason, str(caught.value)) == (

@@ -403,7 +403,7 @@ def test_a_folder_with_a_broken_image_stops_by_default_and_goes_on_within_a_budg
     for i in range(5):
         Image.new("RGB", (6, 6), (i, i, i)).save(tmp_path / f"{i}.png")
     whole = (tmp_path / "3.png").read_bytes()
-    (tmp_path / "3.png").write_bytes(whole[:40])
+    (tmp_path / "3.png").write_bytes(whole[:52])
     samples = FolderSource(root=tmp_path).open()
     with pytest.raises(DataError) as caught:
         first(Loader(samples, config(), seed=0, batch_size=5), 1)

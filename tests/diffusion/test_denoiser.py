@@ -106,7 +106,8 @@ def test_dynamic_thresholding_takes_the_place_of_clipping():
     assert torch.equal(both(x, 0), threshold(x, 0.5))
 
 
-def test_the_network_runs_under_autocast_and_the_estimate_is_float32():
+@pytest.mark.parametrize("prediction_type", get_args(PredictionType))
+def test_the_network_runs_under_autocast_and_the_estimate_is_float32(prediction_type):
     conv = torch.nn.Conv2d(3, 3, 1)
     seen = []
 
@@ -114,7 +115,7 @@ def test_the_network_runs_under_autocast_and_the_estimate_is_float32():
         seen.append(conv(x))
         return seen[-1]
 
-    denoise = Denoiser(net=net, schedule=SCHEDULE, prediction_type="v_prediction")
+    denoise = Denoiser(net=net, schedule=SCHEDULE, prediction_type=prediction_type)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = denoise(images()[0], 500)
     assert seen[0].dtype == torch.bfloat16

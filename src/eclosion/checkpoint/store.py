@@ -111,9 +111,9 @@ class CheckpointStore:
 
     def folders(self) -> list[Path]:
         """Every checkpoint by name, newest first, valid or not."""
-        if not self.run.checkpoints.is_dir():
-            return []
         with storage.explained(self.run.checkpoints, "read", "Mend that, and start again."):
+            if not self.run.checkpoints.is_dir():
+                return []
             found = [(step, path) for path in self.run.checkpoints.iterdir() if (step := step_of(path)) is not None]
         return [path for _, path in sorted(found, reverse=True)]
 
@@ -156,8 +156,8 @@ class CheckpointStore:
     def clean_orphans(self) -> None:
         """Remove what killed saves left behind. Only under the run's lock: a partial may be another's save at work."""
         self._wait()
-        if self.run.checkpoints.is_dir():
-            with storage.explained(self.run.checkpoints, "tidied up", "Mend that, and start again."):
+        with storage.explained(self.run.checkpoints, "tidied up", "Mend that, and start again."):
+            if self.run.checkpoints.is_dir():
                 storage.tidy(self.run.checkpoints)
 
     def _prune(self) -> None:

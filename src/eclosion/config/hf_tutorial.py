@@ -1,37 +1,66 @@
 """The config object of the Hugging Face tutorial "Train a diffusion model", in native words."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from eclosion.config.dialect import Dialect, Translation
-from eclosion.errors import ConfigError, did_you_mean
+from eclosion.config.explain import checked
+from eclosion.registry import part
 
-__all__ = ["DIALECT"]
+__all__ = ["DIALECT", "TutorialConfig"]
 
-# The tutorial's settings, with the values that it gives them.
-DEFAULTS: dict[str, Any] = {
-    "image_size": 128,
-    "train_batch_size": 16,
-    "eval_batch_size": 16,
-    "num_epochs": 50,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 1e-4,
-    "lr_warmup_steps": 500,
-    "save_image_epochs": 10,
-    "save_model_epochs": 30,
-    "mixed_precision": "fp16",
-    "output_dir": "ddpm-butterflies-128",
-    "push_to_hub": True,
-    "hub_model_id": None,
-    "hub_private_repo": None,
-    "overwrite_output_dir": True,
-    "seed": 0,
-    "dataset_name": None,
-}
+Count = Annotated[int, Field(ge=1)]
+
+
+@part
+class TutorialConfig:
+    """The tutorial's settings, with the values that it gives them."""
+
+    # Height and width of the images in pixels; images are stretched to it.
+    image_size: Count = 128
+    # Images per forward pass.
+    train_batch_size: Count = 16
+    # Images in a grid of samples.
+    eval_batch_size: Count = 16
+    # Passes over the data.
+    num_epochs: Count = 50
+    # Forward passes per optimizer step.
+    gradient_accumulation_steps: Count = 1
+    # Learning rate after warm-up; then it falls to 0 as a cosine.
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    # Optimizer steps over which the learning rate rises from 0.
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 500
+    # Epochs between two grids of samples.
+    save_image_epochs: Count = 10
+    # Epochs between two checkpoints.
+    save_model_epochs: Count = 30
+    # Precision of the network's arithmetic.
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = "fp16"
+    # Folder of the run; the finished pipeline stands in it.
+    output_dir: str | Path = "ddpm-butterflies-128"
+    # Accepted; nothing is uploaded yet.
+    push_to_hub: bool = True
+    # Accepted; nothing is uploaded yet.
+    hub_model_id: str | None = None
+    # Accepted; nothing is uploaded yet.
+    hub_private_repo: bool | None = None
+    # Whether a finished run in output_dir is replaced.
+    overwrite_output_dir: bool = True
+    # Everything random in a run follows from this number.
+    seed: Annotated[int, Field(ge=0)] = 0
+    # A folder of images, or a data set on the hub or on disk; none stands for the one given to train().
+    dataset_name: str | Path | None = None
+
+
+NAMES = {field.name for field in dataclasses.fields(TutorialConfig)}
 # Enough to know the dialect by, whatever is misspelt beside them.
-SIGNS = {"train_batch_size", "num_epochs", "output_dir", "save_image_epochs", "save_model_epochs", "image_size"}
-HUB = ("push_to_hub", "hub_model_id", "hub_private_repo")
+SIGNS = NAMES - {"seed", "learning_rate", "mixed_precision"}
+# Files and folders that say that a folder holds a packed data set, and not images.
+PACKED = ("*.parquet", "*.arrow", "dataset_info.json", "dataset_dict.json", "data/*.parquet", "*.jsonl", "*/*.arrow")
 
 
 def recognises(settings: Mapping[str, Any]) -> bool:
@@ -40,24 +69,20 @@ def recognises(settings: Mapping[str, Any]) -> bool:
 
 
 def translate(settings: Mapping[str, Any]) -> Translation:
-    """The tutorial's training run: its network, its preprocessing, its schedule, and a pipeline in output_dir."""
-    unknown = sorted(set(settings) - set(DEFAULTS))
-    if unknown:
-        raise ConfigError([f"{key} is not a setting of the tutorial.{did_you_mean(key, DEFAULTS)}" for key in unknown])
-    s = {**DEFAULTS, **settings}
-    source, notes = _source(s["dataset_name"]), _hub_notes(s)
-    numbers = ("train_batch_size", "gradient_accumulation_steps", "eval_batch_size", "num_epochs")
-    wrong = [f"{key} must be a whole number, at least 1, not {s[key]!r}." for key in numbers if not _is_count(s[key])]
-    if wrong:
-        raise ConfigError(wrong)
+    """The tutorial's training run: its network, its preprocessing, its schedule, and a pipeline in output_dir.
+
+    Raises:
+        ConfigError: with every wrong setting, in the tutorial's words.
+    """
+    s = checked(TutorialConfig, settings)
     tree = {
-        "output": str(s["output_dir"]),
-        "overwrite": s["overwrite_output_dir"],
+        "output": str(s.output_dir),
+        "overwrite": s.overwrite_output_dir,
         "export": "ddpm",
-        "seed": s["seed"],
+        "seed": s.seed,
         "data": {
-            "source": source,
-            "image_size": s["image_size"],
+            "source": _source(s.dataset_name),
+            "image_size": s.image_size,
             "resize": "stretch",
             "interpolation": "bilinear",
             "horizontal_flip": True,
@@ -69,49 +94,36 @@ def translate(settings: Mapping[str, Any]) -> Translation:
             "prediction_type": "epsilon",
         },
         "train": {
-            "duration": f"{s['num_epochs']} epochs",
-            "batch_size": s["train_batch_size"] * s["gradient_accumulation_steps"],
-            "micro_batch_size": s["train_batch_size"],
-            "mixed_precision": s["mixed_precision"] or "no",
+            "duration": f"{s.num_epochs} epochs",
+            "batch_size": s.train_batch_size * s.gradient_accumulation_steps,
+            "micro_batch_size": s.train_batch_size,
+            "mixed_precision": s.mixed_precision or "no",
             "max_grad_norm": 1.0,
         },
         "optimizer": {
-            "learning_rate": s["learning_rate"],
+            "learning_rate": s.learning_rate,
             "lr_schedule": "cosine",
-            "lr_warmup_steps": s["lr_warmup_steps"],
+            "lr_warmup_steps": s.lr_warmup_steps,
         },
         "ema": {"decays": []},
-        "sample": {"every": f"{s['save_image_epochs']} epochs", "num_images": s["eval_batch_size"], "seed": s["seed"]},
-        "checkpoint": {"every": f"{s['save_model_epochs']} epochs"},
+        "sample": {"every": f"{s.save_image_epochs} epochs", "num_images": s.eval_batch_size, "seed": s.seed},
+        "checkpoint": {"every": f"{s.save_model_epochs} epochs"},
     }
-    return Translation(tree, tuple(notes))
+    return Translation(tree, tuple(_notes(s)))
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _source(dataset_name: object) -> dict[str, Any]:
+def _source(dataset_name: str | Path | None) -> dict[str, Any]:
     """A folder of images is read as one; anything else goes to the datasets library, as in the tutorial."""
     if dataset_name is None:
         return {"name": "dataset"}  # stands for the one given to train(); refused when there is none
-    path = Path(str(dataset_name))
-    packed = (
-        "*.parquet",
-        "*.arrow",
-        "dataset_info.json",
-        "dataset_dict.json",
-        "data/*.parquet",
-        "*.jsonl",
-        "*/*.arrow",
-    )
-    if path.is_dir() and not any(next(path.glob(pattern), None) for pattern in packed):
+    path = Path(dataset_name)
+    if path.is_dir() and not any(next(path.glob(pattern), None) for pattern in PACKED):
         return {"name": "folder", "root": str(path)}
     return {"name": "huggingface", "path": str(dataset_name)}
 
 
-def _hub_notes(settings: Mapping[str, Any]) -> list[str]:
-    if not settings["push_to_hub"]:
+def _notes(settings: TutorialConfig) -> list[str]:
+    if not settings.push_to_hub:
         return []
     return ["push_to_hub is accepted and has no effect yet: nothing is uploaded. Use huggingface_hub on output_dir."]
 

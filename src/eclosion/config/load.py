@@ -1,22 +1,21 @@
 """Read a config, find its dialect, translate, override, validate: the one way in."""
 
-import dataclasses
 import json
-import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import yaml
-from pydantic import TypeAdapter, ValidationError
+from yaml import YAMLError
 
 from eclosion.config.dialect import Dialect, Translation
+from eclosion.config.explain import checked
 from eclosion.config.overrides import apply_overrides
 from eclosion.config.schema import RunConfig
-from eclosion.errors import ConfigError, did_you_mean
-from eclosion.registry import DIALECTS, dump, resolve, table_of
+from eclosion.config.yaml_text import parse_yaml, yaml_problem
+from eclosion.errors import ConfigError
+from eclosion.registry import DIALECTS, dump, resolve
 
 __all__ = ["LoadedConfig", "leaves", "load"]
 
@@ -77,17 +76,20 @@ def read_file(path: Path) -> dict[str, Any]:
         text = content.decode()
         match path.suffix.lower():
             case ".yaml" | ".yml":
-                tree = yaml.safe_load(text)
+                tree = parse_yaml(text)
             case ".json":
                 tree = json.loads(text)
             case ".toml":
                 tree = tomllib.loads(text)
             case other:
                 raise ConfigError(f"{path}: {other or 'no suffix'!r} is no kind of config. Use .yaml, .json or .toml.")
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except YAMLError as error:
+        raise ConfigError(f"{path}: {yaml_problem(error)}") from error
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds {type(tree).__name__}, and must hold a mapping of settings.")
+    tree.pop("$schema", None)  # for editors
     return tree
 
 
@@ -97,7 +99,8 @@ def attributes(config: object) -> dict[str, Any]:
     for cls in reversed(type(config).__mro__[:-1]):
         found |= vars(cls)
     found |= getattr(config, "__dict__", {})
-    return {k: v for k, v in found.items() if not k.startswith("_") and not callable(v) and not isinstance(v, property)}
+    hidden = (property, classmethod)
+    return {k: v for k, v in found.items() if not (k.startswith("_") or callable(v) or isinstance(v, hidden))}
 
 
 def _translate(raw: Mapping[str, Any]) -> tuple[str, Translation]:
@@ -110,85 +113,7 @@ def _translate(raw: Mapping[str, Any]) -> tuple[str, Translation]:
 
 def validate(tree: Mapping[str, Any]) -> RunConfig:
     """The config that a native tree describes; ConfigError with every problem in it."""
-    try:
-        return TypeAdapter(RunConfig).validate_python(dict(tree))
-    except ValidationError as error:
-        raise ConfigError(_problems(error, tree)) from error
-
-
-def _problems(error: ValidationError, tree: Mapping[str, Any]) -> list[str]:
-    """One line per wrong setting; the branches of a union that refuse one value are one problem."""
-    by_path: dict[str, list[str]] = {}
-    for problem in error.errors(include_url=False):
-        path, message = _explain(problem, tree)
-        messages = by_path.setdefault(path, [])
-        if message not in messages:
-            messages.append(message)
-    return [f"{path}: {' or '.join(m)}" if ":" not in m[0][:1] else f"{path}{m[0][1:]}" for path, m in by_path.items()]
-
-
-def _explain(problem: Any, tree: Mapping[str, Any]) -> tuple[str, str]:
-    location, kind = problem["loc"], problem["type"]
-    if kind == "unexpected_keyword_argument":
-        return _path(location), ":" + _unknown_key(location, tree)
-    if kind in ("missing", "missing_keyword_only_argument"):
-        return _path(location), ": is required."
-    inside = _known_part(location, tree)
-    value = problem["input"]
-    given = f" (given: {value!r})" if isinstance(value, str | int | float | bool | None | list) else ""
-    message = re.sub(r"^(Input|Value error,|Assertion failed,) ?", "", problem["msg"])
-    if kind in ("part", "value_error"):  # our own words, which show the value where it helps
-        given = ""
-    return _path(inside), f"{message}{given}"
-
-
-def _path(location: Sequence[str | int]) -> str:
-    return ".".join(map(str, location)) or "config"
-
-
-def _known_part(location: Sequence[str | int], tree: Any) -> tuple[str | int, ...]:
-    """The part of an error's location that is a path in the config, without names of union branches."""
-    inside: list[str | int] = []
-    for key in location:
-        if isinstance(tree, Mapping) and key in tree:
-            tree = tree[key]
-        elif isinstance(tree, list | tuple) and isinstance(key, int) and key < len(tree):
-            tree = tree[key]
-        else:
-            break
-        inside.append(key)
-    return tuple(inside) or tuple(location)
-
-
-def _unknown_key(location: Sequence[str | int], tree: Mapping[str, Any]) -> str:
-    *above, key = location
-    cls, name = _class_at(above, tree)
-    owner = f" of {name!r}" if name else ""
-    options = [f.name for f in dataclasses.fields(cls)]
-    return f" is not an option{owner}.{did_you_mean(str(key), options)}"
-
-
-def _class_at(location: Sequence[str | int], tree: Any) -> tuple[Any, str | None]:
-    """The section or part whose options stand at a path, and its name in the config if it is a part."""
-    cls: Any = RunConfig
-    name: str | None = None
-    for key in location:
-        tree = tree[key]
-        if isinstance(key, int):
-            continue
-        annotation = next(f.type for f in dataclasses.fields(cls) if f.name == key)
-        table = table_of(annotation) or next(filter(None, map(table_of, get_args(annotation))), None)
-        if table and not isinstance(tree, list):
-            part = next(
-                (getattr(f.default, "default", f.default) for f in dataclasses.fields(cls) if f.name == key), ""
-            )
-            name = tree if isinstance(tree, str) else tree.get("name", part)
-            cls = resolve(table, str(name))
-        elif table:
-            cls, name = (table, None), None
-        else:
-            cls, name = annotation, None
-    return cls, name
+    return checked(RunConfig, {key: value for key, value in tree.items() if value is not None})  # a bare heading
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

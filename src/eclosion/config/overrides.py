@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
-import yaml
+from yaml import YAMLError
 
+from eclosion.config.yaml_text import parse_yaml, yaml_problem
 from eclosion.errors import ConfigError
 
 __all__ = ["apply_overrides"]
@@ -20,16 +21,16 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str,
     Raises:
         ConfigError: if a text is no override, or its path leads through something that is not a mapping.
     """
-    result = _copy(tree)
+    result: dict[str, Any] = _copy(tree)
     for text in overrides:
         path, equals, value = text.partition("=")
         keys = path.strip().split(".")
         if not equals or not all(keys):
             raise ConfigError(f"{text!r} is not an override. Write path.to.key=value, such as train.batch_size=32.")
         try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: {value!r} cannot be read: {' '.join(str(error).split())}") from error
+            parsed = parse_yaml(value)
+        except YAMLError as error:
+            raise ConfigError(f"{path}: {value!r} cannot be read: {yaml_problem(error)}") from error
         _put(result, keys, parsed, text)
     return result
 

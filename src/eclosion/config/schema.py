@@ -45,7 +45,7 @@ Duration = Annotated[
     str,
     BeforeValidator(_duration),
     AfterValidator(_check_duration),
-    WithJsonSchema({"title": "duration", "type": ["string", "integer"], "pattern": _DURATION.pattern, "minimum": 1}),
+    WithJsonSchema({"title": "duration", "type": ["string", "integer"], "pattern": f"^{_DURATION.pattern}", "minimum": 1}),
 ]
 
 

@@ -96,44 +96,49 @@ class Shape:
     `fore_margin` and `hind_margin` are the first and last control point of the outer margin.
     """
 
-    fore: tuple[tuple[float, float], ...]
+    fore: Points
     fore_margin: tuple[int, int]
-    hind: tuple[tuple[float, float], ...]
+    hind: Points
     hind_margin: tuple[int, int]
+
+
+def _outline(text: str) -> Points:
+    """Control points from "x y" pairs in hundredths."""
+    return np.array([pair.split() for pair in text.split(",")], np.float64) / 100
 
 
 SHAPES = {
     "broad-winged": Shape(
-        fore=((0.03, -0.16), (0.26, -0.48), (0.58, -0.76), (0.88, -0.82), (0.92, -0.58), (0.82, -0.28), (0.70, -0.02), (0.36, 0.06), (0.03, 0.04)),
+        fore=_outline("3 -16, 26 -48, 58 -76, 88 -82, 92 -58, 82 -28, 70 -2, 36 6, 3 4"),
         fore_margin=(3, 6),
-        hind=((0.03, -0.04), (0.36, -0.06), (0.66, 0.06), (0.74, 0.32), (0.62, 0.60), (0.38, 0.72), (0.16, 0.54), (0.03, 0.22)),
+        hind=_outline("3 -4, 36 -6, 66 6, 74 32, 62 60, 38 72, 16 54, 3 22"),
         hind_margin=(2, 6),
     ),
     "round-winged": Shape(
-        fore=((0.03, -0.14), (0.20, -0.46), (0.48, -0.68), (0.76, -0.66), (0.88, -0.42), (0.82, -0.14), (0.58, 0.04), (0.28, 0.08), (0.03, 0.04)),
+        fore=_outline("3 -14, 20 -46, 48 -68, 76 -66, 88 -42, 82 -14, 58 4, 28 8, 3 4"),
         fore_margin=(3, 6),
-        hind=((0.03, -0.02), (0.34, -0.02), (0.62, 0.08), (0.74, 0.34), (0.66, 0.60), (0.42, 0.72), (0.18, 0.58), (0.03, 0.24)),
+        hind=_outline("3 -2, 34 -2, 62 8, 74 34, 66 60, 42 72, 18 58, 3 24"),
         hind_margin=(2, 6),
     ),
     "long-winged": Shape(
-        fore=((0.03, -0.14), (0.34, -0.36), (0.70, -0.52), (0.95, -0.50), (0.98, -0.30), (0.84, -0.10), (0.60, 0.04), (0.30, 0.06), (0.03, 0.04)),
+        fore=_outline("3 -14, 34 -36, 70 -52, 92 -50, 94 -30, 82 -10, 60 4, 30 6, 3 4"),
         fore_margin=(3, 6),
-        hind=((0.03, -0.02), (0.36, 0.00), (0.62, 0.10), (0.66, 0.30), (0.52, 0.50), (0.32, 0.60), (0.14, 0.50), (0.03, 0.22)),
+        hind=_outline("3 -2, 36 0, 62 10, 66 30, 52 50, 32 60, 14 50, 3 22"),
         hind_margin=(2, 6),
     ),
     "angle-winged": Shape(
-        fore=((0.03, -0.16), (0.30, -0.54), (0.60, -0.74), (0.86, -0.74), (0.78, -0.52), (0.88, -0.30), (0.72, -0.12), (0.66, 0.04), (0.34, 0.06), (0.03, 0.04)),
+        fore=_outline("3 -16, 30 -54, 60 -74, 86 -74, 78 -52, 88 -30, 72 -12, 66 4, 34 6, 3 4"),
         fore_margin=(3, 7),
-        hind=((0.03, -0.04), (0.36, -0.04), (0.68, 0.06), (0.64, 0.26), (0.76, 0.44), (0.54, 0.54), (0.48, 0.78), (0.32, 0.62), (0.16, 0.58), (0.03, 0.22)),
+        hind=_outline("3 -4, 36 -4, 68 6, 64 26, 76 44, 54 54, 48 78, 32 62, 16 58, 3 22"),
         hind_margin=(2, 7),
     ),
     "swallowtail": Shape(
-        fore=((0.03, -0.16), (0.24, -0.54), (0.54, -0.82), (0.90, -0.84), (0.88, -0.56), (0.74, -0.26), (0.60, -0.02), (0.32, 0.06), (0.03, 0.04)),
+        fore=_outline("3 -16, 24 -54, 54 -82, 90 -84, 88 -56, 74 -26, 60 -2, 32 6, 3 4"),
         fore_margin=(3, 6),
-        hind=((0.03, -0.04), (0.32, -0.04), (0.58, 0.06), (0.66, 0.26), (0.58, 0.48), (0.50, 0.62), (0.52, 0.92), (0.42, 0.93), (0.34, 0.64), (0.16, 0.52), (0.03, 0.22)),
+        hind=_outline("3 -4, 32 -4, 58 6, 66 26, 58 48, 50 62, 52 92, 42 93, 34 64, 16 52, 3 22"),
         hind_margin=(2, 5),
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -205,8 +210,8 @@ def hatch(seed: int, index: int) -> Butterfly:
         background=background,
         backdrop=_pick(rng, ("even", "gradient", "mottled")),
         num_marks=int(rng.integers(3, 6)),
-        angle=_between(rng, -0.2, 0.2),
-        span=_between(rng, 0.84, 0.93),
+        angle=_between(rng, -0.18, 0.18),
+        span=_between(rng, 0.82, 0.91),
         lift=_between(rng, 0.92, 1.05),
         jitter=(_offsets(rng, len(family.fore)), _offsets(rng, len(family.hind))),
         tint=_between(rng, -1, 1),
@@ -271,8 +276,8 @@ class _Wing:
 
 def _wings(butterfly: Butterfly) -> tuple[_Wing, _Wing]:
     family = SHAPES[butterfly.shape]
-    fore = np.array(family.fore) + butterfly.jitter[0]
-    hind = np.array(family.hind) + butterfly.jitter[1]
+    fore = family.fore + butterfly.jitter[0]
+    hind = family.hind + butterfly.jitter[1]
     fore[:, 1] *= butterfly.lift
     return _wing(fore, family.fore_margin, 0.0), _wing(hind, family.hind_margin, 0.16)
 

@@ -108,7 +108,7 @@ class ClipartSource:
     The class of a picture is its category; its caption says what it shows.
     """
 
-    # Which drawings: any of animal, building, clothing, food, music, plant, sport, tool, toy, transport; none means all.
+    # Any of animal, building, clothing, food, music, plant, sport, tool, toy and transport; none means all.
     categories: Annotated[list[str] | None, AfterValidator(_known)] = None
 
     def open(self) -> Clipart:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass
@@ -159,8 +160,8 @@ def _suffix(name: str) -> str:
 def _scan(root: Path) -> dict[str, int]:
     """All files below a folder: path with forward slashes -> size in bytes.
 
-    Folders before links to folders, each in the order of their names, and each real folder once: so a loop
-    of links ends, and which of two paths to a file is taken does not depend on the file system.
+    Folders come before links to folders, and each real folder is visited once: so a loop of links ends, and
+    which of two paths to a file is taken does not depend on the file system.
     """
     if not root.exists():
         raise DataError(f"data.source.root: the folder {root} does not exist (working folder: {Path.cwd()}).")
@@ -176,10 +177,15 @@ def _scan(root: Path) -> dict[str, int]:
             continue
         visited.add((status.st_dev, status.st_ino))
         for name, entry in _entries(root, below):
-            if entry.is_dir():
+            try:
+                status = entry.stat()
+            except OSError:  # a link that leads nowhere: a sample that cannot be read, and not one less
+                files[name] = -1
+                continue
+            if stat.S_ISDIR(status.st_mode):
                 (links if entry.is_symlink() else folders).append(name)
-            elif entry.is_file():
-                files[name] = entry.stat().st_size
+            elif stat.S_ISREG(status.st_mode):
+                files[name] = status.st_size
         links.sort()
     return files
 

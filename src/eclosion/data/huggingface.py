@@ -81,7 +81,8 @@ class HuggingFaceSource:
             raise DataError(f"data.source.path: {self.path} does not exist (working folder: {Path.cwd()}).")
         try:
             if local.suffix == ".parquet" and local.is_file():
-                return datasets.load_dataset("parquet", data_files={self.split: str(local)}, split=self.split)
+                whole = self.split.partition("[")[0]  # "train" of "train[:10%]"
+                return datasets.load_dataset("parquet", data_files={whole: str(local)}, split=self.split)
             if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
                 return self._of_split(datasets.load_from_disk(str(local)))
             return datasets.load_dataset(
@@ -90,7 +91,7 @@ class HuggingFaceSource:
                 split=self.split,
                 revision=self.revision,
             )
-        except (OSError, ValueError, datasets.exceptions.DatasetsError, HfHubHTTPError) as error:
+        except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError, HfHubHTTPError) as error:
             raise DataError(
                 f"data.source.path: {self.path} (split {self.split!r}) cannot be loaded: {_one_line(error)}"
             ) from error

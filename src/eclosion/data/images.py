@@ -126,7 +126,7 @@ def _read(path: Path, name: str) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise BadSample(name, "missing", "the file does not exist any more.") from error
+        raise BadSample(name, "missing", "the file does not exist (any more).") from error
     except OSError as error:
         raise BadSample(name, "unreadable", f"the file cannot be read ({error.strerror}).") from error
 

@@ -85,7 +85,7 @@ def threshold(x_0: Tensor, quantile: float) -> Tensor:
 
     Source: Saharia et al. 2022, https://arxiv.org/abs/2205.11487, section 2.3.
     """
-    # Row by row: torch.quantile refuses more than 16 million numbers at once.
+    # Row by row: older releases of torch refuse the quantile of more than 16 million numbers at once.
     rows = [torch.quantile(row, quantile) for row in x_0.abs().flatten(1)]
     s = torch.stack(rows).clamp(min=1).view(-1, *(1,) * (x_0.ndim - 1))
     return x_0.clamp(-s, s) / s

@@ -40,16 +40,15 @@ def thin(values: Sequence[float | None], limit: int = MAX_POINTS) -> list[int]:
     Returns:
         At most `limit` rising indices of values that are not None.
     """
-    found = [i for i, value in enumerate(values) if value is not None]
+    found = [(value, i) for i, value in enumerate(values) if value is not None]
     if len(found) <= limit:
-        return found
+        return [i for _, i in found]
     kept = {found[0], found[-1]}
     buckets = (limit - 2) // 2
     for b in range(buckets):
         bucket = found[b * len(found) // buckets : (b + 1) * len(found) // buckets]
-        heights = [values[i] or 0.0 for i in bucket]
-        kept |= {bucket[heights.index(min(heights))], bucket[heights.index(max(heights))]}
-    return sorted(kept)
+        kept |= {min(bucket), max(bucket)}
+    return sorted(i for _, i in kept)
 
 
 def running_mean(values: Sequence[float | None], at: Sequence[int]) -> list[float]:
@@ -166,5 +165,4 @@ def short(value: float) -> str:
         return _power_of_ten(value)
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    text = f"{value:.4g}"
-    return text
+    return f"{value:.4g}"

@@ -5,6 +5,8 @@ import unicodedata
 
 __all__ = ["Html", "clip", "el", "join", "visible"]
 
+_WITHOUT_END = frozenset({"img", "input", "link", "meta"})
+
 
 class Html(str):
     """Markup that goes into a page as it stands; every other text is escaped on its way in."""
@@ -13,7 +15,7 @@ class Html(str):
 
 
 def el(tag: str, /, *children: object, **attributes: object) -> Html:
-    """One element, with its end tag.
+    """One element.
 
     Args:
         tag: name of the element, a word of ours.
@@ -21,7 +23,7 @@ def el(tag: str, /, *children: object, **attributes: object) -> Html:
         attributes: True writes the bare name, None and False nothing. `class_` means class, `aria_label` aria-label.
     """
     opened = "".join(_attribute(name, value) for name, value in attributes.items())
-    return Html(f"<{tag}{opened}>{join(*children)}</{tag}>")
+    return Html(f"<{tag}{opened}>" if tag in _WITHOUT_END else f"<{tag}{opened}>{join(*children)}</{tag}>")
 
 
 def join(*children: object) -> Html:

@@ -1,7 +1,6 @@
 """What a run folder says, read so that nothing missing or damaged in it stops a reader."""
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +151,7 @@ def _read_metrics(path: Path, notes: list[str]) -> tuple[dict[str, Series], int 
 
 
 def _finite(value: float | None) -> float | None:
-    if value is None or not math.isfinite(value) or abs(value) > HUGE:
+    if value is None or not abs(value) <= HUGE:  # so written, NaN is caught too
         return None
     return float(value) if abs(value) > TINY else 0.0
 
@@ -164,7 +163,7 @@ def _is_count(value: object) -> bool:
 def _read_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """The JSON objects of a file of lines; a kill may have torn the last."""
     damaged = 0
-    for line in _bytes(path, notes).splitlines():
+    for line in filter(bytes.strip, _bytes(path, notes).splitlines()):
         record = _parse(line)
         damaged += record is None
         if record is not None:

@@ -1,18 +1,16 @@
 """What the loop and the sampling code ask of a task."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from eclosion.data.batch import Batch
+from eclosion.diffusion.samplers import OnStep
 from eclosion.rng import Generator
 
-__all__ = ["DataFacts", "Drawn", "OnStep", "Task", "TaskPart"]
-
-# called with (step, steps) before each network call of a sampler; may raise to interrupt it
-OnStep = Callable[[int, int], None]
+__all__ = ["DataFacts", "Drawn", "Task", "TaskPart"]
 
 # a frozen dataclass of tensors, made and read by one task alone
 Drawn = Any

@@ -13,10 +13,11 @@ from eclosion.diffusion import prediction
 from eclosion.diffusion.denoiser import Denoiser
 from eclosion.diffusion.loss import Loss, draw_noise, draw_timesteps
 from eclosion.diffusion.noise_schedule import NoiseSchedule
+from eclosion.diffusion.samplers import OnStep
 from eclosion.errors import ConfigError, UserError
 from eclosion.registry import PartOf, part
 from eclosion.rng import Generator, randn, uniform
-from eclosion.tasks.task import DataFacts, OnStep
+from eclosion.tasks.task import DataFacts
 
 __all__ = ["Unconditional", "UnconditionalTask"]
 
@@ -131,8 +132,6 @@ class UnconditionalTask:
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1]; image i comes from its class and rngs[i] alone."""
-        if guidance_scale != 1 and not self.num_classes:
-            raise ConfigError(f"guidance_scale is {guidance_scale}, and this network has no classes to follow. Use 1.")
         device = next(self.nets[NET].parameters()).device
         label = conditions["label"].to(device) if self.num_classes else None
         null = torch.full_like(label, self.num_classes) if label is not None else None
