@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from eclosion.demo import demo
     from eclosion.doctor import doctor
     from eclosion.errors import ConfigError, DataError, UserError
-    from eclosion.export import export
+    from eclosion.exporting import export
     from eclosion.inspection import check, list_parts, list_runs, show_data, write_config
     from eclosion.report import write_report
     from eclosion.sampling import sample
@@ -31,7 +31,7 @@ _HOMES = {
     "check": "eclosion.inspection",
     "demo": "eclosion.demo",
     "doctor": "eclosion.doctor",
-    "export": "eclosion.export",
+    "export": "eclosion.exporting",
     "list_parts": "eclosion.inspection",
     "list_runs": "eclosion.inspection",
     "sample": "eclosion.sampling",

@@ -56,6 +56,7 @@ __all__ = [
 SOURCES = {
     "butterflies": "eclosion.data.butterflies:ButterfliesSource",
     "clipart": "eclosion.data.clipart:ClipartSource",
+    "dataset": "eclosion.data.torch_dataset:DatasetSource",
     "folder": "eclosion.data.folder:FolderSource",
     "huggingface": "eclosion.data.huggingface:HuggingFaceSource",
 }

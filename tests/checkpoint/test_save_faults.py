@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def assert_old_ones_intact(run: RunDir, scenario: Scenario) -> None:
     store.close()
 
 
-# --- in this process ---------------------------------------------------------------------------------------------------
+# --- in this process -------------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -187,7 +188,7 @@ CHANGES = {"mkdir", "rename", "write", "unlink", "rmdir"}
 @pytest.mark.parametrize("every", SAMPLE)
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 def test_a_kill_at_any_file_operation_leaves_the_checkpoint_before_or_the_one_after(tmp_path, scenario, every):
-    """The sample has every operation that changes the disk; a kill at another one leaves what the next of these finds."""
+    """The sample has all operations that change the disk; a kill at another leaves what the next of these finds."""
     names = count_operations(tmp_path / "count", scenario)
     outcomes = []
     for k in [k for k, name in enumerate(names, 1) if name in CHANGES or k % every == 0]:
@@ -201,7 +202,7 @@ def test_a_kill_at_any_file_operation_leaves_the_checkpoint_before_or_the_one_af
         outcomes.append(assert_recovers(run, scenario))
         shutil.rmtree(run.root)
     assert set(outcomes) == set(scenario.newest)  # the kills came before and after the moment that counts
-    changes = sum(a != b for a, b in zip(outcomes, outcomes[1:], strict=False))
+    changes = sum(a != b for a, b in pairwise(outcomes))
     assert changes == len(scenario.newest) - 1  # and there is one such moment
 
 
@@ -219,7 +220,7 @@ def test_an_error_at_any_file_operation_leaves_the_old_checkpoints_and_one_line(
                 save(run, scenario)
             except CheckpointError as error:
                 failed += 1
-                assert_one_line(str(error), run)  # noqa: PT017
+                assert_one_line(str(error), run)
         assert faults.fired
         assert_old_ones_intact(run, scenario)
         assert [path.name for path in run.checkpoints.glob(f".partial-{scenario.step:08d}-*")] == []
@@ -235,7 +236,7 @@ def assert_one_line(message: str, run: RunDir) -> None:
         assert re.search(r"It needs \d+\.\d MB, and (\d+\.\d|an unknown number of) MB are free there", message)
 
 
-# --- power loss --------------------------------------------------------------------------------------------------------
+# --- power loss ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
@@ -253,7 +254,7 @@ def test_everything_is_durable_before_it_is_visible(tmp_path, scenario):
 
         def opened(path, flags, *args, **kwargs):
             fd = real["open"](path, flags, *args, **kwargs)
-            paths[fd] = os.readlink(f"/proc/self/fd/{fd}")
+            paths[fd] = str(Path(f"/proc/self/fd/{fd}").readlink())
             return fd
 
         def on_fd(name):
@@ -301,7 +302,7 @@ def test_everything_is_durable_before_it_is_visible(tmp_path, scenario):
         assert log.index(("mkdir", parent)) < log.index(("fsync", str(run.root)))
 
 
-# --- strace ------------------------------------------------------------------------------------------------------------
+# --- strace ----------------------------------------------------------------------------------------------------------
 
 SERVER = """
 import ctypes, json, os, select, socket, sys

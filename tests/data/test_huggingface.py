@@ -253,7 +253,10 @@ def test_a_split_that_was_not_saved_is_refused_with_those_that_were(tmp_path):
 
 def test_an_empty_split_is_refused(tmp_path):
     path = stored("parquet file", tmp_path)
-    assert refused(path=path, split="train[:0]") == f"data.source.path: split 'train[:0]' of {path} is empty."
+    assert refused(path=path, split="train[:0]").startswith(f"data.source.path: {path} (split 'train[:0]') cannot be ")
+    saved = table().filter(lambda row: row["year"] > 3000)
+    saved.save_to_disk(tmp_path / "empty")
+    assert refused(path=str(tmp_path / "empty")) == f"data.source.path: split 'train' of {tmp_path}/empty is empty."
 
 
 def test_a_damaged_file_is_one_line(tmp_path):

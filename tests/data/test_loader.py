@@ -97,7 +97,7 @@ def reference(samples, options, seed, positions):
         image = samples.read(int(order[place])).image
         transform = Transform.of(options)
         pixels = transform.augment(transform.prepare(image, "x"), generator(seed, "augment", position))
-        out.append(torch.from_numpy(pixels.astype(np.float32) / np.float32(255)).permute(2, 0, 1).sub(0.5).div(0.5))
+        out.append(torch.from_numpy(pixels.astype(np.float32) / np.float32(255)).sub(0.5).div(0.5))
     return torch.stack(out)
 
 
@@ -303,6 +303,11 @@ def test_batch_at_shows_bad_samples_instead_of_stopping():
     batch = Loader(Fake(4, bad=frozenset({2})), config(), seed=0, batch_size=4).batch_at(range(4))
     assert batch.weight.sum() == 3
     assert [skip.name for skip in batch.skipped] == ["fake/2"]
+
+
+def test_a_bad_sample_asked_for_twice_has_no_weight_twice():
+    loader = Loader(Fake(3, bad=frozenset({0, 1, 2})), config(), seed=0, batch_size=3)
+    assert loader.batch_at([1, 1]).weight.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("num_threads", [0, 1, 4])

@@ -24,6 +24,11 @@ def transform(**options):
     return Transform.of(DataConfig(source=FolderSource(root="."), **options))
 
 
+def prepared(image, **options):
+    """What `prepare` makes of an image, as rows of pixels."""
+    return transform(**options).prepare(image, "x").transpose(1, 2, 0)
+
+
 def picture(width, height):
     return Image.fromarray(np.random.default_rng(width * height).integers(0, 256, (height, width, 3), np.uint8))
 
@@ -33,7 +38,7 @@ def picture(width, height):
 def test_stretch_is_bitwise_torchvisions_resize(size, interpolation):
     image = picture(*size)
     theirs = tv.Resize((32, 32), FILTERS[interpolation])(image)
-    ours = transform(image_size=32, resize="stretch", interpolation=interpolation).prepare(image, "x")
+    ours = prepared(image, image_size=32, resize="stretch", interpolation=interpolation)
     np.testing.assert_array_equal(ours, np.asarray(theirs))
 
 
@@ -41,7 +46,7 @@ def test_stretch_is_bitwise_torchvisions_resize(size, interpolation):
 def test_cover_is_bitwise_torchvisions_resize_and_center_crop(size):
     image = picture(*size)
     theirs = tv.CenterCrop(32)(tv.Resize(32, tv.InterpolationMode.BICUBIC)(image))
-    np.testing.assert_array_equal(transform(image_size=32).prepare(image, "x"), np.asarray(theirs))
+    np.testing.assert_array_equal(prepared(image, image_size=32), np.asarray(theirs))
 
 
 @pytest.mark.parametrize("size", [(64, 48), (48, 64), (33, 97), (200, 131)])
@@ -51,7 +56,7 @@ def test_cover_fills_any_rectangle_and_keeps_the_shape_of_things(size, target):
     width, height = size
     ramp = np.zeros((height, width, 3), np.float64)
     ramp[..., 0], ramp[..., 1] = np.linspace(0, 255, width), np.linspace(0, 255, height)[:, None]
-    seen = transform(image_size=target, interpolation="bilinear").prepare(Image.fromarray(ramp.astype(np.uint8)), "x")
+    seen = prepared(Image.fromarray(ramp.astype(np.uint8)), image_size=target, interpolation="bilinear")
     assert seen.shape == (*target, 3)
     scale = max(target[0] / height, target[1] / width)
     middle = seen[target[0] // 4 : -target[0] // 4, target[1] // 4 : -target[1] // 4].astype(float)
@@ -64,9 +69,7 @@ def test_cover_fills_any_rectangle_and_keeps_the_shape_of_things(size, target):
 @pytest.mark.parametrize("size", [(40, 36), (33, 32), (32, 35)])
 def test_without_resize_the_centre_is_kept(size):
     image = picture(*size)
-    np.testing.assert_array_equal(
-        transform(image_size=32, resize="none").prepare(image, "x"), np.asarray(tv.CenterCrop(32)(image))
-    )
+    np.testing.assert_array_equal(prepared(image, image_size=32, resize="none"), np.asarray(tv.CenterCrop(32)(image)))
 
 
 def test_an_image_smaller_than_the_crop_is_refused_with_the_cure():
@@ -80,15 +83,15 @@ def test_an_image_smaller_than_the_crop_is_refused_with_the_cure():
 
 
 def test_an_image_of_one_pixel_can_be_scaled_up():
-    assert transform(image_size=8).prepare(picture(1, 1), "x").shape == (8, 8, 3)
-    assert transform(image_size=8).prepare(picture(1, 50), "x").shape == (8, 8, 3)
+    assert prepared(picture(1, 1), image_size=8).shape == (8, 8, 3)
+    assert prepared(picture(1, 50), image_size=8).shape == (8, 8, 3)
 
 
 def test_all_bytes_become_the_floats_of_totensor_and_normalize():
-    pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     out = np.empty((1, 3, 16, 16), np.float32)
-    to_float(pixels, out)
-    theirs = tv.Compose([tv.ToTensor(), tv.Normalize([0.5], [0.5])])(Image.fromarray(pixels[0]))
+    to_float([pixels.transpose(2, 0, 1)], out)
+    theirs = tv.Compose([tv.ToTensor(), tv.Normalize([0.5], [0.5])])(Image.fromarray(pixels))
     assert torch.equal(torch.from_numpy(out[0]), theirs)
     assert (out.min(), out.max()) == (-1, 1)
 
@@ -97,7 +100,7 @@ def test_the_tutorials_preprocessing_is_reproduced_bit_for_bit():
     image = picture(173, 120)
     theirs = tv.Compose([tv.Resize((64, 64)), tv.ToTensor(), tv.Normalize([0.5], [0.5])])(image)
     ours = np.empty((1, 3, 64, 64), np.float32)
-    to_float(transform(image_size=64, resize="stretch", interpolation="bilinear").prepare(image, "x")[None], ours)
+    to_float([transform(image_size=64, resize="stretch", interpolation="bilinear").prepare(image, "x")], ours)
     assert torch.equal(torch.from_numpy(ours[0]), theirs)
 
 
@@ -109,12 +112,12 @@ def test_nothing_is_random_unless_asked_for():
 
 
 def test_a_flip_mirrors_half_of_the_images():
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8), np.uint8)
     flip = transform(image_size=8, horizontal_flip=True)
     mirrored = 0
     for position in range(400):
         seen = flip.augment(pixels, generator(0, "augment", position))
-        is_mirrored = np.array_equal(seen, pixels[:, ::-1])
+        is_mirrored = np.array_equal(seen, pixels[:, :, ::-1])
         assert is_mirrored or np.array_equal(seen, pixels)
         mirrored += is_mirrored
     assert abs(mirrored - 200) < 4 * 10  # four standard deviations of a fair coin
@@ -124,10 +127,11 @@ def test_a_random_crop_reaches_every_place_and_only_real_ones():
     rows, columns = np.mgrid[0:11, 0:9].astype(np.uint8)
     pixels = np.stack([rows, columns, columns], -1)
     crop = transform(image_size=(8, 6), resize="none", crop="random")
-    assert crop.prepare(Image.fromarray(pixels), "x").shape == (11, 9, 3)
+    whole = crop.prepare(Image.fromarray(pixels), "x")
+    assert whole.shape == (3, 11, 9)
     corners = set()
     for position in range(300):
-        seen = crop.augment(pixels, generator(0, "augment", position))
+        seen = crop.augment(whole, generator(0, "augment", position)).transpose(1, 2, 0)
         top, left = map(int, seen[0, 0, :2])
         np.testing.assert_array_equal(seen, pixels[top : top + 8, left : left + 6])
         corners.add((top, left))
@@ -136,7 +140,7 @@ def test_a_random_crop_reaches_every_place_and_only_real_ones():
 
 def test_a_flip_is_the_same_with_and_without_a_random_crop():
     """One option does not change what another draws."""
-    columns = np.broadcast_to(np.arange(8, dtype=np.uint8)[None, :, None], (8, 8, 3))
+    columns = np.broadcast_to(np.arange(8, dtype=np.uint8), (3, 8, 8))
     flip = transform(image_size=8, horizontal_flip=True)
     both = transform(image_size=8, horizontal_flip=True, crop="random")
     for position in range(50):
@@ -155,5 +159,5 @@ def test_a_background_that_is_no_colour_is_refused():
 
 def test_the_background_shows_through_transparent_images():
     image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    seen = transform(image_size=4, background="#102030").prepare(image, "x")
+    seen = prepared(image, image_size=4, background="#102030")
     np.testing.assert_array_equal(seen, np.broadcast_to([0x10, 0x20, 0x30], (4, 4, 3)))

@@ -405,3 +405,9 @@ def test_every_option_of_a_sampler_is_documented_and_checked(name):
     for wrong in ({"num_inference_steps": 0}, {"timestep_spacing": "even"}, {"steps": 3}):
         with pytest.raises(pydantic.ValidationError, match=next(iter(wrong))):
             part(**wrong)
+
+
+@pytest.mark.parametrize("sampler", [DDPM(num_inference_steps=3), DDIM(num_inference_steps=3, eta=1)], ids=repr)
+def test_images_cannot_share_a_generator(sampler):
+    with pytest.raises(AssertionError):
+        sampler(denoiser(Linear().build()), noise(2), rngs(1))

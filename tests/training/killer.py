@@ -17,7 +17,7 @@ from pathlib import Path
 import diffusers.models.unets.unet_2d  # noqa: F401  (loaded before the forks)
 import diffusers.schedulers
 
-import eclosion.export  # noqa: F401
+import eclosion.exporting  # noqa: F401
 from eclosion.training.run import train
 
 

@@ -13,7 +13,7 @@ from types import TracebackType
 from eclosion.errors import CheckpointError, LockedError
 from eclosion.rundir import RunDir
 
-__all__ = ["RunLock"]
+__all__ = ["RunLock", "holder"]
 
 
 class RunLock:
@@ -69,6 +69,23 @@ class RunLock:
         fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)  # the file stays: removing it would let two owners lock two files of one name
+
+
+def holder(run: RunDir) -> str | None:
+    """Who holds the lock of a run, in words; None if nobody does."""
+    if not run.lock.exists():
+        return None
+    try:
+        fd = os.open(run.lock, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return _owner(run.lock)
+    finally:
+        os.close(fd)
+    return None
 
 
 def _write_owner(fd: int) -> None:

@@ -31,9 +31,9 @@ def _schema_of(cls: Any) -> dict[str, Any]:
     schema = TypeAdapter(cls).json_schema()
     _add_descriptions(schema, cls)
     for field in dataclasses.fields(cls):
-        section: Any = field.type
-        if dataclasses.is_dataclass(section):
-            _add_descriptions(schema["$defs"][section.__name__], section)
+        name = getattr(field.type, "__name__", "")
+        if name in schema.get("$defs", {}):
+            _add_descriptions(schema["$defs"][name], field.type)
     return schema
 
 

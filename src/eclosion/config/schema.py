@@ -45,7 +45,9 @@ Duration = Annotated[
     str,
     BeforeValidator(_duration),
     AfterValidator(_check_duration),
-    WithJsonSchema({"title": "duration", "type": ["string", "integer"], "pattern": f"^{_DURATION.pattern}", "minimum": 1}),
+    WithJsonSchema(
+        {"title": "duration", "type": ["string", "integer"], "pattern": f"^{_DURATION.pattern}", "minimum": 1}
+    ),
 ]
 
 
@@ -76,7 +78,8 @@ class DataConfig:
     source: Annotated[Any, PartOf("sources")]
     # Height and width of the images that the network sees, in pixels; one number means a square.
     image_size: Positive | tuple[Positive, Positive] = 64
-    # How an image reaches image_size: "cover" scales its shorter side and crops the rest, "stretch" changes its aspect ratio, "none" only crops.
+    # How an image reaches image_size: "cover" scales its shorter side and crops the rest, "stretch" changes its
+    # aspect ratio, "none" only crops.
     resize: Literal["cover", "stretch", "none"] = "cover"
     # Filter of the resize; all are antialiased.
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
@@ -205,7 +208,8 @@ class RunConfig:
     output: Annotated[str, Field(min_length=1)]
     # Which images, and what the network sees of them.
     data: DataConfig
-    # Whether a finished or different run in the folder is replaced; an unfinished run of this config is always continued.
+    # Whether a finished or different run in the folder is replaced; an unfinished run of this config is always
+    # continued.
     overwrite: bool = False
     # The diffusers pipeline written into the folder when training is done.
     export: Literal["no", "ddpm", "ddim"] = "no"

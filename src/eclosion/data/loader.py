@@ -44,6 +44,7 @@ class _Ready:
 class _Chunk:
     """What belongs to some consecutive images, besides their pixels."""
 
+    weights: list[float] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
@@ -53,6 +54,8 @@ class _Chunk:
 _Submit = Callable[..., Callable[[], _Chunk]]
 # Stands in the place of a sample that cannot be read.
 NOTHING = _Ready(torch.zeros(3, 1, 1), "", 0)
+# Stands in the place of pixels that are not used.
+BLANK = np.zeros((3, 1, 1), np.uint8)
 
 
 class Loader:
@@ -153,37 +156,36 @@ class Loader:
         return lambda: self._collate(positions, image, [chunk() for chunk in chunks])
 
     def _collate(self, positions: Sequence[int], image: NDArray[np.float32], chunks: Sequence[_Chunk]) -> Batch:
-        skipped = [skip for chunk in chunks for skip in chunk.skipped]
-        weight = torch.ones(len(positions))
-        if skipped:
-            places = {position: row for row, position in enumerate(positions)}
-            weight[[places[skip.position] for skip in skipped]] = 0
+        weight = torch.tensor([weight for chunk in chunks for weight in chunk.weights])
         fields: dict[str, Tensor | list[str]] = {"image": torch.from_numpy(image)}
         if self.samples.class_names:
             fields["label"] = torch.tensor([label for chunk in chunks for label in chunk.labels], dtype=torch.int64)
         if self.samples.has_captions:
             fields["caption"] = [caption for chunk in chunks for caption in chunk.captions]
-        return Batch(positions, weight, fields, skipped)
+        return Batch(positions, weight, fields, [skip for chunk in chunks for skip in chunk.skipped])
 
     def _fill(self, out: NDArray[np.float32], positions: Sequence[int], stopped: Callable[[], bool]) -> _Chunk:
         """Read some images into float32 [n, 3, H, W]; runs in any thread."""
         chunk = _Chunk()
-        pixels = np.zeros((len(positions), *self.config.size, 3), np.uint8)
+        pixels: list[Pixels] = []
         as_they_are: dict[int, Tensor] = {}
-        for row, (position, index) in enumerate(zip(positions, self.order.indices(positions).tolist(), strict=True)):
+        for position, index in zip(positions, self.order.indices(positions).tolist(), strict=True):
             if stopped():
                 return chunk
             try:
                 ready = self._ready(index, position)
+                chunk.weights.append(1.0)
             except BadSample as error:
                 ready = NOTHING
+                chunk.weights.append(0.0)
                 chunk.skipped.append(_skip(position, error))
             if isinstance(ready.image, Tensor):
-                as_they_are[row] = ready.image
+                as_they_are[len(pixels)] = ready.image
+                pixels.append(BLANK)
             elif self.transform.is_random:
-                pixels[row] = self.transform.augment(ready.image, generator(self.seed, "augment", position))
+                pixels.append(self.transform.augment(ready.image, generator(self.seed, "augment", position)))
             else:
-                pixels[row] = ready.image
+                pixels.append(ready.image)
             chunk.captions.append(ready.caption)
             chunk.labels.append(ready.label)
         to_float(pixels, out)
@@ -283,7 +285,7 @@ def _as_float(image: Tensor) -> Tensor:
     if image.dtype != torch.uint8:
         return image
     out = torch.empty((1, *image.shape))
-    to_float(image.permute(1, 2, 0).numpy()[None], out.numpy())
+    to_float([image.numpy()], out.numpy())
     return out[0]
 
 

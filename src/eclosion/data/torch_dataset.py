@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eclosion.data.source import Sample
-from eclosion.errors import BadSample, DataError
+from eclosion.data.source import Sample, Samples
+from eclosion.errors import BadSample, ConfigError, DataError
+from eclosion.registry import part
 
-__all__ = ["TorchDatasetSamples"]
+__all__ = ["DatasetSource", "TorchDatasetSamples"]
 
 IMAGE_KEYS = ("image", "images", "pixel_values")
 CAPTION_KEYS = ("caption", "text")
@@ -30,6 +31,18 @@ class MapDataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Any: ...
+
+
+@part
+class DatasetSource:
+    """The data set that Python code gives to `eclosion.train(config, dataset=...)`."""
+
+    def open(self) -> Samples:
+        """Nothing is found without one."""
+        raise ConfigError(
+            "data.source is 'dataset', which stands for one given from Python: eclosion.train(config, dataset=...). "
+            "Give one, or name another source."
+        )
 
 
 class TorchDatasetSamples:

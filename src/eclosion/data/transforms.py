@@ -5,6 +5,7 @@ Two stages. `Transform.prepare` is the same each time: colours, resize, centre c
 `to_float` is the one place where uint8 0..255 becomes float32 [-1, 1].
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,7 +69,7 @@ class Transform:
             name: what to call it in an error.
 
         Returns:
-            uint8 [H, W, 3]; of the config's image_size, or at least that if the crop is random.
+            uint8 [3, H, W]; of the config's image_size, or at least that if the crop is random.
 
         Raises:
             BadSample: reason "too_small" if it is smaller than the crop and is not resized.
@@ -82,12 +83,12 @@ class Transform:
                 f"is {resized.width}x{resized.height} pixels (width x height), smaller than the crop of "
                 f'{width}x{height}. Set data.resize to "cover", or data.image_size to less.',
             )
-        pixels = np.asarray(resized)
-        if self.crops_at_random:
-            return pixels
-        # Python's round, as torchvision's CenterCrop: half a pixel goes to the even side
-        top, left = round((resized.height - height) / 2), round((resized.width - width) / 2)
-        return np.ascontiguousarray(pixels[top : top + height, left : left + width])
+        pixels = np.asarray(resized).transpose(2, 0, 1)
+        if not self.crops_at_random:
+            # Python's round, as torchvision's CenterCrop: half a pixel goes to the even side
+            top, left = round((resized.height - height) / 2), round((resized.width - width) / 2)
+            pixels = pixels[:, top : top + height, left : left + width]
+        return np.ascontiguousarray(pixels)
 
     def augment(self, pixels: Pixels, rng: Generator) -> Pixels:
         """The random part.
@@ -97,16 +98,16 @@ class Transform:
             rng: the generator of this image's position.
 
         Returns:
-            uint8 [H, W, 3] of the config's image_size; a view.
+            uint8 [3, H, W] of the config's image_size; a view.
         """
         height, width = self.config.size
         # drawn whether used or not, so that one option does not change what another draws
         mirrored = rng.random() < 0.5
         if self.crops_at_random:
-            top = int(rng.integers(0, pixels.shape[0] - height + 1))
-            left = int(rng.integers(0, pixels.shape[1] - width + 1))
-            pixels = pixels[top : top + height, left : left + width]
-        return pixels[:, ::-1] if mirrored and self.config.horizontal_flip else pixels
+            top = int(rng.integers(0, pixels.shape[1] - height + 1))
+            left = int(rng.integers(0, pixels.shape[2] - width + 1))
+            pixels = pixels[:, top : top + height, left : left + width]
+        return pixels[:, :, ::-1] if mirrored and self.config.horizontal_flip else pixels
 
     def _resize(self, image: Image.Image) -> Image.Image:
         height, width = self.config.size
@@ -124,13 +125,14 @@ def _covering(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]
     return max(target[0], target[1] * width // height), target[1]
 
 
-def to_float(pixels: Pixels, out: NDArray[np.float32]) -> None:
-    """Scale uint8 [B, H, W, 3] to [-1, 1], into float32 [B, 3, H, W].
+def to_float(images: Sequence[Pixels], out: NDArray[np.float32]) -> None:
+    """Scale images, uint8 [3, H, W] each, to [-1, 1], into float32 [B, 3, H, W].
 
     Equal, bit for bit, to torchvision's ToTensor and Normalize(0.5, 0.5): (v / 255 - 0.5) / 0.5.
     In NumPy, whose one thread per call does not compete with the network's for the cores.
     """
-    np.copyto(out, pixels.transpose(0, 3, 1, 2))
+    for row, image in zip(out, images, strict=True):
+        row[:] = image
     out /= 255
     out -= 0.5
     out *= 2  # exact, as is the division by 0.5

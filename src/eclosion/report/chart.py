@@ -88,7 +88,7 @@ class _Drawing:
 
     def __init__(self, title: str, series: Series, y: Axis, smooth: bool) -> None:
         self.title, self.series, self.y = title, series, y
-        self.x = linear_axis([0, series.steps[-1]], tight=True, count=5)
+        self.x = linear_axis([0, series.steps[-1]], tight=True)
         self.kept = thin(series.values)
         self.means = running_mean(series.values, self.kept) if smooth else []
         self.heights = [v for i in self.kept if (v := series.values[i]) is not None]
@@ -123,7 +123,9 @@ class _Drawing:
 
     def _tick_x(self, value: float, label: str) -> Html:
         x = f"{self._left(value)}%"
-        return join(el("line", class_="nick", x1=x, x2=x, y1="100%", y2="100%"), el("text", label, class_="x", x=x, y="100%"))
+        return join(
+            el("line", class_="nick", x1=x, x2=x, y1="100%", y2="100%"), el("text", label, class_="x", x=x, y="100%")
+        )
 
     def _lines(self) -> Html:
         return el(

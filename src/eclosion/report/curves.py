@@ -101,7 +101,7 @@ class Axis:
         return (value - self.low) / (self.high - self.low)
 
 
-def linear_axis(values: Sequence[float], *, from_zero: bool = False, tight: bool = False, count: int = 4) -> Axis:
+def linear_axis(values: Sequence[float], *, from_zero: bool = False, tight: bool = False, count: int = 5) -> Axis:
     """An axis with about `count` ticks at 1, 2 or 5 times a power of ten.
 
     Args:
@@ -141,7 +141,7 @@ def _nice_step(least: float) -> float:
 
 
 def _labelled(marks: Sequence[float], step: float) -> list[tuple[float, str]]:
-    """Marks with labels of equal precision; in units of a thousand or a million, or powers of ten, when they are far from 1."""
+    """Marks with labels of equal precision; far from 1 in thousands, millions or powers of ten."""
     largest = max(map(abs, marks), default=0.0)
     if largest < 1e-2 or largest >= 1e9:
         return [(mark, _power_of_ten(mark)) for mark in marks]

@@ -3,7 +3,7 @@
 import html
 import unicodedata
 
-__all__ = ["Html", "clip", "el", "join", "visible"]
+__all__ = ["Html", "clip", "el", "join", "quiet", "section", "visible"]
 
 _WITHOUT_END = frozenset({"img", "input", "link", "meta"})
 
@@ -60,3 +60,14 @@ def clip(value: object, limit: int = 400) -> str:
     """The value as text of at most `limit` characters, and how long it was if it was longer."""
     text = str(value)
     return text if len(text) <= limit else f"{text[:limit]} … ({len(text):,} characters)"
+
+
+def section(title: str, *children: object, **attributes: object) -> Html:
+    """A part of the page under a heading, which links find by the title in small letters."""
+    name = title.lower().replace(" ", "-")
+    return el("section", el("h2", title, id=name), *children, aria_labelledby=name, **attributes)
+
+
+def quiet(text: str) -> Html:
+    """A remark in small print."""
+    return el("p", text, class_="quiet")

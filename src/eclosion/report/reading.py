@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from eclosion.config.schema import steps_in
 from eclosion.report.curves import Series
@@ -63,7 +63,7 @@ class Run:
         """The last step that left something in the folder."""
         logged = [series.steps[-1] for series in self.series.values()]
         saved = [checkpoint.step for checkpoint in self.checkpoints]
-        told = [event["step"] for event in self.events if _is_count(event.get("step"))]
+        told = [step for event in self.events if _is_count(step := event.get("step"))]
         return max([0, *logged, *saved, *told, *(step for step, _ in self.grids)])
 
     @property
@@ -76,7 +76,8 @@ class Run:
         """Samples in an epoch, once an epoch or a checkpoint is there to say so."""
         told = [epoch.get("index_count") for epoch in self.epochs]
         told += [dig(checkpoint.manifest, "meta", "facts", "num_samples") for checkpoint in self.checkpoints]
-        return next((count for count in reversed(told) if _is_count(count) and count), None)
+        counts = [count for count in told if _is_count(count) and count]
+        return counts[-1] if counts else None
 
     @property
     def num_steps(self) -> int | None:
@@ -147,7 +148,9 @@ def _read_metrics(path: Path, notes: list[str]) -> tuple[dict[str, Series], int 
             if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
                 points.setdefault(name, {})[step] = _finite(value)
     found = {name: sorted(values.items()) for name, values in points.items()}
-    return {name: Series(name, [s for s, _ in line], [v for _, v in line]) for name, line in found.items()}, samples_seen
+    return {
+        name: Series(name, [s for s, _ in line], [v for _, v in line]) for name, line in found.items()
+    }, samples_seen
 
 
 def _finite(value: float | None) -> float | None:
@@ -156,7 +159,7 @@ def _finite(value: float | None) -> float | None:
     return float(value) if abs(value) > TINY else 0.0
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 

@@ -172,12 +172,14 @@ class UnconditionalTask:
         from diffusers import DDPMScheduler
 
         steps = self.schedule.num_train_timesteps
-        common = {
+        common: dict[str, Any] = {
             "num_train_timesteps": steps,
             "prediction_type": self.options.prediction_type,
             "clip_sample": self.options.clip_sample,
             "timestep_spacing": "trailing",
         }
+        options = self.options.noise_schedule
+        common |= {key: getattr(options, key) for key in ("beta_start", "beta_end") if hasattr(options, key)}
         wanted = self.schedule.alphas_cumprod
         for name in ("linear", "scaled_linear", "squaredcos_cap_v2"):
             scheduler = DDPMScheduler(beta_schedule=name, **common)

@@ -4,7 +4,6 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ import torch
 
 from eclosion.config.load import load
 from eclosion.config.schema import RunConfig
+from eclosion.data.torch_dataset import TorchDatasetSamples
 from eclosion.device import pick_device
 from eclosion.errors import EnvironmentProblem, Interrupted, OutOfMemory, UserError
-from eclosion.registry import build
 from eclosion.rundir import RunDir
 from eclosion.training.distributed import world
 from eclosion.training.loop import run_until_done
@@ -53,12 +52,9 @@ def train(
     for note in loaded.notes:
         warnings.warn(note, stacklevel=2)
     run = loaded.run
-    if dataset is not None:
-        run = replace(run, data=replace(run.data, source=build("sources", {"name": "dataset"})))
     with StopSignals() as stop, _told(run):
         try:
-            source = run.data.source
-            samples = source.adapt(dataset) if dataset is not None else source.open()
+            samples = run.data.source.open() if dataset is None else TorchDatasetSamples(dataset)
             with world(pick_device(run.train.device).type) as w:
                 run_until_done(run, samples, world=w, stop=stop, resume=resume, accept=accept_changes)
         except StopRequested:

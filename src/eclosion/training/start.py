@@ -21,7 +21,7 @@ from eclosion.data.loader import Loader
 from eclosion.data.source import Samples
 from eclosion.device import environment, pick_device, pick_precision
 from eclosion.errors import ConfigError, did_you_mean
-from eclosion.export import export_task
+from eclosion.exporting import export_task
 from eclosion.registry import dump
 from eclosion.report import write_report
 from eclosion.rng import integer_seed
@@ -311,7 +311,11 @@ def _tell(
     for warning in store.warnings:
         tracker.say(warning)
     if loaded is None:
-        tracker.say(f"training from scratch, {state.num_steps} steps", environment=meta["environment"])
+        tracker.say(
+            f"training from scratch, {state.num_steps} steps",
+            num_steps=state.num_steps,
+            environment=meta["environment"],
+        )
         return
     for change in changes:
         tracker.say(f"accepted change {change}")
@@ -320,4 +324,6 @@ def _tell(
     if different:
         tracker.say(f"not the machine or versions of before, so the bits may differ: {'; '.join(different)}")
     word = "already finished" if state.done else "resuming"
-    tracker.say(f"{word} at step {state.step} of {state.num_steps}, from {found}", environment=now)
+    tracker.say(
+        f"{word} at step {state.step} of {state.num_steps}, from {found}", num_steps=state.num_steps, environment=now
+    )
