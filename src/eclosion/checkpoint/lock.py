@@ -73,13 +73,12 @@ class RunLock:
 
 def holder(run: RunDir) -> str | None:
     """Who holds the lock of a run, in words; None if nobody does."""
-    if not run.lock.exists():
-        return None
     try:
         fd = os.open(run.lock, os.O_RDONLY)
     except OSError:
         return None
     try:
+        # Shared, and given back at once: two that look do not see each other.
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
         return _owner(run.lock)

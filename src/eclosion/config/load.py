@@ -17,7 +17,7 @@ from eclosion.config.yaml_text import parse_yaml, yaml_problem
 from eclosion.errors import ConfigError
 from eclosion.registry import DIALECTS, dump, resolve
 
-__all__ = ["LoadedConfig", "leaves", "load"]
+__all__ = ["LoadedConfig", "leaves", "load", "translated"]
 
 MAX_BYTES = 2**20
 
@@ -47,16 +47,24 @@ def load(config: object, overrides: Sequence[str] = ()) -> LoadedConfig:
     Raises:
         ConfigError: with every problem found, one line each.
     """
+    name, translation = translated(config)
+    run = validate(apply_overrides(translation.tree, overrides))
+    return LoadedConfig(run, dict(_origins(run, translation.tree, name, overrides)), translation.notes)
+
+
+def translated(config: object) -> tuple[str, Translation]:
+    """A config in native words, not checked yet, and where they are from: "config", or the name of a dialect."""
     if isinstance(config, RunConfig):
         raw: Mapping[str, Any] = dump(config)
     elif isinstance(config, str | Path):
         raw = read_file(Path(config))
     else:
         raw = config if isinstance(config, Mapping) else attributes(config)
-    name, translation = _translate(raw)
-    tree = apply_overrides(translation.tree, overrides)
-    run = validate(tree)
-    return LoadedConfig(run, dict(_origins(run, translation.tree, name, overrides)), translation.notes)
+    for name in DIALECTS:
+        dialect: Dialect = resolve("dialects", name)  # type: ignore[assignment]
+        if dialect.recognises(raw):
+            return name, dialect.translate(raw)
+    return "config", Translation({str(key): value for key, value in raw.items()})
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -101,14 +109,6 @@ def attributes(config: object) -> dict[str, Any]:
     found |= getattr(config, "__dict__", {})
     hidden = (property, classmethod)
     return {k: v for k, v in found.items() if not (k.startswith("_") or callable(v) or isinstance(v, hidden))}
-
-
-def _translate(raw: Mapping[str, Any]) -> tuple[str, Translation]:
-    for name in DIALECTS:
-        dialect: Dialect = resolve("dialects", name)  # type: ignore[assignment]
-        if dialect.recognises(raw):
-            return name, dialect.translate(raw)
-    return "config", Translation({str(key): value for key, value in raw.items()})
 
 
 def validate(tree: Mapping[str, Any]) -> RunConfig:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
+from itertools import count, islice
 
 import numpy as np
 import torch
@@ -134,12 +134,14 @@ class Loader:
             return
         stop = threading.Event()
         pool = ThreadPoolExecutor(self.config.num_threads, thread_name_prefix="eclosion-data")
-        ahead: deque[list[Callable[[], Batch]]] = deque()
+        start_step = partial(self._start_step, submit=partial(_in_thread, pool, stop))
         try:
+            ahead = deque(start_step(begin) for begin in islice(starts, STEPS_AHEAD))
             for begin in starts:
-                ahead.append(self._start_step(begin, partial(_in_thread, pool, stop)))
-                if len(ahead) > STEPS_AHEAD:
-                    yield [batch() for batch in ahead.popleft()]
+                step = [batch() for batch in ahead.popleft()]
+                # only now: the threads then share the interpreter with the network, and not with this wait
+                ahead.append(start_step(begin))
+                yield step
         finally:
             stop.set()  # what is queued ends at once
             pool.shutdown()

@@ -21,11 +21,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "layers_per_block": 1,
         "norm_num_groups": 16,
     },
-    # 15.7 M: an hour on a CPU at 64 px, minutes on a GPU
+    # 15.7 M: hours on a CPU at 64 px, minutes on a GPU
     "small": {
-        "block_out_channels": (64, 128, 192, 256),
-        "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        "block_out_channels": (64, 128, 256),
+        "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         "layers_per_block": 2,
     },
     # 113.7 M: the network of the Hugging Face tutorial for 128 px
