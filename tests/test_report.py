@@ -215,9 +215,10 @@ def test_the_loss_has_a_faint_raw_line_a_strong_mean_and_a_logarithmic_twin(run:
     raw = page.attributes("path", "raw")[0]["d"] or ""
     assert raw.count("L") == 99  # 100 values, one line
     assert page.attributes("path", "mean")[0]["d"] != raw
-    heights = [(a[1], b[1]) for a, b in zip(page.points("Loss"), page.points("Loss", "log"), strict=True)]
+    pairs = zip(page.points("Loss"), page.points("Loss", "log"), strict=True)
+    heights = [(float(str(a[1])), float(str(b[1]))) for a, b in pairs]
     assert [linear for linear, _ in heights] != [log for _, log in heights]
-    ordered = [log for _, log in sorted(heights)]  # type: ignore[type-var]
+    ordered = [log for _, log in sorted(heights)]
     assert ordered == sorted(ordered)
 
 
@@ -281,13 +282,13 @@ def test_the_chosen_grids_are_few_even_and_keep_both_ends(count: int) -> None:
 
 
 def test_large_grids_are_compressed_so_that_the_page_stays_below_ten_megabytes(run: RunDir) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (640, 640, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (448, 448, 3), dtype=np.uint8)
     Image.fromarray(noise).save(run.sample_grid(300), compress_level=1)
     for step in range(301, 330):
         shutil.copy(run.sample_grid(300), run.sample_grid(step))
     page = Page(write_report(run))
     assert len(page.attributes("img")) == MAX_GRIDS
-    assert MAX_GRIDS * run.sample_grid(300).stat().st_size > 20e6  # what they would have taken
+    assert MAX_GRIDS * run.sample_grid(300).stat().st_size > 14e6  # what they would have taken
     assert run.report.stat().st_size < 10e6
     assert "9 more grids are in the run folder." in page.texts("p")
     assert "Some are compressed here; the files are exact." in page.texts("p")
@@ -461,7 +462,7 @@ TREES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dict
 OBJECTS = st.dictionaries(WORDS, TREES, max_size=8)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(config=OBJECTS, manifest=OBJECTS, records=st.lists(OBJECTS, max_size=4))
 def test_whatever_json_the_files_hold_the_page_is_whole(
     tmp_path_factory: pytest.TempPathFactory, config: object, manifest: object, records: list[object]
@@ -480,8 +481,8 @@ def test_whatever_json_the_files_hold_the_page_is_whole(
 # --- the numbers behind a curve ------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.none() | st.floats(-1e6, 1e6), max_size=3000), st.integers(4, 700))
-@settings(max_examples=60, deadline=None)
+@given(st.lists(st.none() | st.floats(-1e6, 1e6), max_size=200), st.integers(4, 40))
+@settings(max_examples=100, deadline=None)
 def test_thinning_keeps_the_ends_and_both_extremes(values: list[float | None], limit: int) -> None:
     kept = thin(values, limit)
     finite = [i for i, value in enumerate(values) if value is not None]

@@ -36,9 +36,7 @@ def test_sampling_twice_gives_the_same_files(uninterrupted, tmp_path):
 def test_every_sampler_is_obeyed(name, uninterrupted, tmp_path):
     folder = sample(uninterrupted, num_images=1, sampler=name, num_inference_steps=3, out=tmp_path / name)
     trained = load_trained(uninterrupted)
-    wanted = make_images(
-        trained.task, [0], seed=0, sampler=build("samplers", {"name": name, "num_inference_steps": 3})
-    )
+    wanted = make_images(trained.task, [0], seed=0, sampler=build("samplers", {"name": name, "num_inference_steps": 3}))
     assert np.array_equal(pixels(folder, 1), wanted)
 
 

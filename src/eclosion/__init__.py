@@ -13,11 +13,15 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from eclosion.demo import demo
-    from eclosion.doctor import doctor
+    from eclosion.demonstration import demo
+    from eclosion.diagnosis import doctor
     from eclosion.errors import ConfigError, DataError, UserError
     from eclosion.exporting import export
-    from eclosion.inspection import check, list_parts, list_runs, show_data, write_config
+    from eclosion.inspection.checking import check
+    from eclosion.inspection.data_sheet import show_data
+    from eclosion.inspection.parts import list_parts
+    from eclosion.inspection.recipes import write_config
+    from eclosion.inspection.runs import list_runs
     from eclosion.report import write_report
     from eclosion.sampling import sample
     from eclosion.training.run import train
@@ -28,16 +32,16 @@ _HOMES = {
     "ConfigError": "eclosion.errors",
     "DataError": "eclosion.errors",
     "UserError": "eclosion.errors",
-    "check": "eclosion.inspection",
-    "demo": "eclosion.demo",
-    "doctor": "eclosion.doctor",
+    "check": "eclosion.inspection.checking",
+    "demo": "eclosion.demonstration",
+    "doctor": "eclosion.diagnosis",
     "export": "eclosion.exporting",
-    "list_parts": "eclosion.inspection",
-    "list_runs": "eclosion.inspection",
+    "list_parts": "eclosion.inspection.parts",
+    "list_runs": "eclosion.inspection.runs",
     "sample": "eclosion.sampling",
-    "show_data": "eclosion.inspection",
+    "show_data": "eclosion.inspection.data_sheet",
     "train": "eclosion.training.run",
-    "write_config": "eclosion.inspection",
+    "write_config": "eclosion.inspection.recipes",
     "write_report": "eclosion.report",
 }
 

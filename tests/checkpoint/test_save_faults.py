@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from eclosion.checkpoint import storage
 from eclosion.checkpoint.store import CheckpointStore
 from eclosion.errors import CheckpointError
 from eclosion.rundir import RunDir
@@ -87,11 +88,13 @@ def save(run: RunDir, scenario: Scenario) -> None:
 def assert_recovers(run: RunDir, scenario: Scenario) -> tuple[int, float] | None:
     """Start again as a run does; returns what it would resume from."""
     with CheckpointStore(run) as store:
+        for folder in store.folders():
+            storage.verify(folder)  # whatever is visible is whole, also the old ones
         store.clean_orphans()
         hidden = [path.name for path in run.checkpoints.glob(".*")] if run.checkpoints.exists() else []
         assert hidden == []
         latest = store.latest()
-        assert store.warnings == []  # nothing half done is ever visible
+        assert store.warnings == []
         if latest is None:
             newest = None
         else:

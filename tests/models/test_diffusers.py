@@ -80,7 +80,7 @@ def test_options_that_do_not_fit_together_are_refused_in_one_line():
 
 
 def test_what_the_data_decides_cannot_be_set_otherwise():
-    with pytest.raises(ConfigError, match="task.model.options.sample_size is 64, and the data has 32. Leave it out."):
+    with pytest.raises(ConfigError, match=r"task.model.options.sample_size is 64, and the data has 32. Leave it out."):
         DiffusersModel(options={"sample_size": 64}).build(size=(32, 32))
 
 

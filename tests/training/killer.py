@@ -12,10 +12,8 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
-
-import diffusers.models.unets.unet_2d  # noqa: F401  (loaded before the forks)
-import diffusers.schedulers
 
 import eclosion.exporting  # noqa: F401
 from eclosion.training.run import train
@@ -42,8 +40,8 @@ def attempt(config: dict, rng: random.Random, kill: str | None) -> tuple[bool, b
         try:
             train(config)
             os._exit(0)
-        except BaseException as error:
-            print(repr(error), flush=True)
+        finally:
+            traceback.print_exc()
             os._exit(1)
     wanted = before + rng.randint(0, 2)
     delay = rng.random() * 0.06

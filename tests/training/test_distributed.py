@@ -48,7 +48,9 @@ def test_two_processes_train_the_run_of_one(parallel, make_config, results, tmp_
         # gradients are added in another order
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-5)
         assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-4)
-    last = [load_file(run / "checkpoints" / "step-00000012" / "unet.ema.safetensors") for run in (one, tmp_path / "two")]
+    last = [
+        load_file(run / "checkpoints" / "step-00000012" / "unet.ema.safetensors") for run in (one, tmp_path / "two")
+    ]
     assert last[0].keys() == last[1].keys()
     for name in last[0]:
         torch.testing.assert_close(last[0][name], last[1][name], rtol=1e-2, atol=1e-4)

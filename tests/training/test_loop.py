@@ -157,7 +157,7 @@ def test_running_out_of_memory_says_which_knobs_to_turn(make_config, tmp_path, m
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(UnconditionalTask, "loss", fail)
-    with pytest.raises(OutOfMemory, match="Set train.micro_batch_size lower") as error:
+    with pytest.raises(OutOfMemory, match=r"Set train.micro_batch_size lower") as error:
         train(make_config(tmp_path / "run"))
     assert error.value.exit_code == 5
 

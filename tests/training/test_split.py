@@ -53,9 +53,9 @@ def test_every_split_of_a_batch_gives_the_same_images_noise_and_losses(make_conf
 @pytest.mark.parametrize("micro", [4, 2])
 def test_accumulation_gives_the_gradient_of_the_whole_batch(make_config, tmp_path, micro):
     """After one step of plain descent the weights must agree, whatever the split."""
-    from eclosion import train
-
     from safetensors.torch import load_file
+
+    from eclosion import train
 
     def weights(name, micro_batch_size):
         config = make_config(

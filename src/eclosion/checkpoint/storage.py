@@ -484,9 +484,8 @@ def _unpublished(final: Path) -> Iterator[Path]:
     try:
         yield partial
     except BaseException:
-        shutil.rmtree(
-            partial, ignore_errors=True
-        )  # best effort: the cause matters more, and `tidy` comes at the next start
+        # Best effort: the cause matters more, and `tidy` comes at the next start.
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from eclosion.checkpoint import storage
@@ -222,15 +221,13 @@ def _look_at_images(found: Check, loader: Loader) -> None:
 
 
 def _build(run: RunConfig, samples: Samples) -> Task:
-    """The task with networks that take no memory: their sizes are known, their numbers are not."""
-    facts = DataFacts(size=run.data.size, class_names=samples.class_names)
-    with torch.device("meta"):
-        task: Task = run.task.build(facts)
+    task: Task = run.task.build(DataFacts(size=run.data.size, class_names=samples.class_names))
     return task
 
 
 def _measure(name: str, net: nn.Module, *, trained: bool) -> Network:
-    blocks = {block: _num_parameters(module) for block, module in net.named_children()}
+    sizes = {block: _num_parameters(module) for block, module in net.named_children()}
+    blocks = {block: size for block, size in sizes.items() if size}
     total = _num_parameters(net)
     loose = total - sum(blocks.values())
     return Network(name, trained, total, blocks | ({"other": loose} if loose else {}))

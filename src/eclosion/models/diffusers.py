@@ -44,7 +44,8 @@ class DiffusersModel:
 
     # Class of the network in diffusers.
     class_name: str = "UNet2DModel"
-    # Size of a UNet2DModel: "tiny" (2.7 M parameters), "small" (15.7 M) or "tutorial" (113.7 M, for 128 px); none takes the class's own defaults.
+    # Size of a UNet2DModel: "tiny" (2.7 M parameters), "small" (15.7 M) or "tutorial" (113.7 M, for 128 px);
+    # none takes the class's own defaults.
     preset: Literal["tiny", "small", "tutorial"] | None = "tiny"
     # Options of the class, which win over the preset.
     options: dict[str, Any] = field(default_factory=dict)
@@ -81,11 +82,9 @@ class DiffusersModel:
         known = list(inspect.signature(cls.__init__).parameters)[1:]
         unknown = sorted(set(self.options) - set(known))
         if unknown:
+            owner = f"is not an option of {self.class_name}."
             raise ConfigError(
-                [
-                    f"task.model.options.{key} is not an option of {self.class_name}.{did_you_mean(key, known, limit=40)}"
-                    for key in unknown
-                ]
+                [f"task.model.options.{key} {owner}{did_you_mean(key, known, limit=40)}" for key in unknown]
             )
         preset = PRESETS[self.preset] if self.preset and self.class_name == "UNet2DModel" else {}
         from_data: dict[str, Any] = {

@@ -11,7 +11,7 @@ from PIL import Image
 
 from eclosion.report.markup import Html
 
-__all__ = ["MAX_GRIDS", "Grid", "choose", "embed"]
+__all__ = ["BUDGET", "MAX_GRIDS", "Grid", "choose", "embed"]
 
 MAX_GRIDS = 24
 # Bytes of all pictures together; in base64 they take a third more.
@@ -49,8 +49,8 @@ def choose(grids: Sequence[tuple[int, Path]], limit: int = MAX_GRIDS) -> list[tu
     return [grids[round(i * (len(grids) - 1) / (limit - 1))] for i in range(limit)]
 
 
-def embed(step: int, path: Path, *, budget: int = BUDGET // MAX_GRIDS) -> Grid:
-    """The grid, unchanged if it fits into `budget` bytes, else as a smaller WebP."""
+def embed(step: int, path: Path, *, budget: int) -> Grid:
+    """The grid, unchanged if it fits into `budget` bytes, else as a smaller WebP; without a source if it is damaged."""
     try:
         content = path.read_bytes()
         width, height = _size(content)
@@ -79,7 +79,7 @@ def _reduce(image: Image.Image, budget: int) -> bytes:
     for side in (1600, 1200, 800, 400):
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
         out = io.BytesIO()
-        image.save(out, "WEBP", quality=88)
+        image.save(out, "WEBP", quality=88, method=2)
         if out.tell() <= budget:
             break
     return out.getvalue()

@@ -10,7 +10,7 @@ from importlib import resources
 
 from eclosion.report.chart import KNOWN, chart
 from eclosion.report.curves import Series, short
-from eclosion.report.grids import Grid, choose, embed
+from eclosion.report.grids import BUDGET, Grid, choose, embed
 from eclosion.report.markup import Html, clip, el, join, quiet, section
 from eclosion.report.reading import Run, dig
 from eclosion.report.tables import checkpoints, config, data, environment, events
@@ -134,7 +134,8 @@ def _results(run: Run) -> Html:
 def _grids(run: Run) -> Html:
     if not run.grids:
         return el("div", el("h3", "Samples"), quiet("No sample grid yet."), class_="samples")
-    grids = [embed(step, path) for step, path in choose(run.grids)]
+    chosen = choose(run.grids)
+    grids = [embed(step, path, budget=BUDGET // len(chosen)) for step, path in chosen]
     unreadable = [grid.name for grid in grids if not grid.source]
     grids = [grid for grid in grids if grid.source]
     left_out = len(run.grids) - len(grids) - len(unreadable)

@@ -32,7 +32,8 @@ class Unconditional:
     model: Annotated[Any, PartOf("models", "diffusers")] = "diffusers"
     # How much noise each timestep adds.
     noise_schedule: Annotated[Any, PartOf("noise_schedules", "cosine")] = "cosine"
-    # What the network predicts: the noise, the clean image, or a mix of both that is well scaled at every timestep; "flow" goes with rectified_flow.
+    # What the network predicts: the noise, the clean image, or a mix of both that is well scaled at every
+    # timestep; "flow" goes with rectified_flow.
     prediction_type: prediction.PredictionType = "v_prediction"
     # How the prediction is compared with its target.
     loss: Loss = field(default_factory=Loss)

@@ -1,7 +1,8 @@
 """Where a run's numbers and pictures go: metrics.jsonl always, and the loggers that its config names."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +44,7 @@ class Tracker:
     def start(self, step: int) -> None:
         """Begin, or go on after `step` updates; numbers of later steps, from before a crash, are dropped."""
         keep_lines(self.run.metrics, lambda line: line["step"] <= step)
+        keep_lines(self.run.events, lambda line: True)
         for logger in self.loggers:
             logger.start(self.run, self.config, num_steps=self.num_steps, step=step)
 
@@ -59,7 +61,8 @@ class Tracker:
 
     def say(self, text: str, **facts: Any) -> None:
         """Show one line of what is happening, and keep it with its facts in events.jsonl."""
-        append_line(self.run.events, {"event": text, **facts})
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        append_line(self.run.events, {"time": now, "event": text, **facts})
         for logger in self.loggers:
             logger.say(text)
 
@@ -76,7 +79,7 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
         file.write((json.dumps(record) + "\n").encode())
 
 
-def keep_lines(path: Path, wanted: Any) -> None:
+def keep_lines(path: Path, wanted: Callable[[Any], bool]) -> None:
     """Drop the lines of a JSON-lines file that are not wanted, and a torn one at its end."""
     if not path.exists():
         return

@@ -18,7 +18,6 @@ from eclosion.training.replay import diverged
 from eclosion.training.signals import StopRequested, StopSignals
 from eclosion.training.start import Context, start
 
-
 __all__ = ["draw", "run_until_done"]
 
 

@@ -70,7 +70,7 @@ def diverged(c: "Context") -> TrainingDiverged:
 
 
 def _fields(drawn: object) -> dict[str, object]:
-    assert dataclasses.is_dataclass(drawn) and not isinstance(drawn, type)
+    assert dataclasses.is_dataclass(drawn)
     return {field.name: getattr(drawn, field.name) for field in dataclasses.fields(drawn)}
 
 

@@ -71,7 +71,7 @@ def _told(run: RunConfig) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, Interrupted):
         raise
-    except Exception as error:  # noqa: BLE001  (re-raised, always)
+    except Exception as error:  # raised again, always
         _keep_traceback(run, error)
         told = _as_user_error(error, run)
         if told is error:

@@ -227,7 +227,8 @@ def _find(
     if own is not None:
         if resume not in ("auto", "never"):
             raise ConfigError(
-                f"{folder.root} already holds a run at {own.name}, and {resume} is another. Choose another output folder."
+                f"{folder.root} already holds a run at {own.name}, and {resume} is another. "
+                "Choose another output folder."
             )
         if resume == "never" and not run.overwrite:
             raise ConfigError(

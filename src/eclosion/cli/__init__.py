@@ -1,0 +1,288 @@
+"""The command line: each command calls one public function and prints what it says.
+
+Only the command that runs imports what it needs, so that `eclosion --help` costs no torch.
+"""
+
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from eclosion.errors import ConfigError, UserError
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    help="Train image diffusion models in runs that can be trusted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # `main` tells of errors
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Look at data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML, JSON or TOML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.batch_size=32 or data.crop=random.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DEVICES = "auto, cpu, cuda or mps."
+
+
+def main() -> None:
+    """Run a command; ends the process with its exit code.
+
+    0 is success, 2 a wrong setting, 3 wrong data, 4 a problem of the machine, 5 too little memory, 130 and 143
+    a run that a signal stopped after it was saved, and 1 everything else.
+    """
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    warnings.showwarning = _show_warning
+    try:
+        app(arguments, prog_name="eclosion")
+    except UserError as error:
+        _tell(error, debug)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:  # noqa: BLE001  (told, with the traceback on demand)
+        _tell_bug(error, debug)
+        sys.exit(1)
+
+
+def _tell(error: UserError, debug: bool) -> None:
+    if debug:
+        traceback.print_exception(error)
+    problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+    for problem in [*problems, *getattr(error, "__notes__", [])]:
+        _to_stderr(f"error: {problem}")
+
+
+def _tell_bug(error: Exception, debug: bool) -> None:
+    if debug:
+        traceback.print_exception(error)
+    said = " ".join(str(error).split())
+    _to_stderr(f"error: {type(error).__name__}: {said}")
+    for note in getattr(error, "__notes__", []):
+        _to_stderr(f"  {note}")
+    _to_stderr(
+        "This is a bug in eclosion. The traceback is in the run's error.log if there is a run, and shown with --debug."
+    )
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    _to_stderr(f"note: {message}" if category is UserWarning else f"warning: {message}")
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _print(result: Any, show: Callable[[Any], None], *, json_wanted: bool) -> None:
+    if json_wanted:
+        from eclosion.cli.terminal import as_json
+
+        print(as_json(result))
+    else:
+        show(result)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from eclosion import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options before the command; `main` has seen --debug already, wherever it stands."""
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("eclosion-demo"),
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; fewer are faster and show less.")] = None,
+) -> None:
+    """Train on built-in butterflies, about three minutes on two cores, and draw samples beside real ones."""
+    from eclosion.demonstration import demo
+
+    picture = demo(output, steps=steps)
+    print(f"Samples beside real images: {picture}")
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("config.yaml"),
+    recipe: Annotated[str, typer.Option(help="What it is for; `--recipe list` shows all.")] = "folder",
+) -> None:
+    """Write a commented config to start from."""
+    from eclosion.inspection.recipes import recipes, write_config
+
+    if recipe == "list":
+        for name, text in recipes().items():
+            print(f"{name:12} {text.partition(chr(10))[0].lstrip('# ')}")
+        return
+    print(f"Wrote {write_config(path, recipe=recipe)}. Next: eclosion check {path}")
+
+
+@app.command()
+def check(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Show what a config would do, and everything that is wrong with it, without training."""
+    from eclosion.cli.terminal import print_check
+    from eclosion.inspection.checking import check
+
+    found = check(config, overrides or [])
+    _print(found, print_check, json_wanted=as_json)
+    for problem in found.problems:
+        _tell(problem, debug=False)
+    if found.problems:
+        raise typer.Exit(found.problems[0].exit_code)
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str, typer.Option(metavar="auto|never|PATH", help="Go on from the newest checkpoint, start anew, or from one.")
+    ] = "auto",
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Go on although the duration, batch size or optimizer changed.")
+    ] = False,
+) -> None:
+    """Train, or go on where the run stands. Ctrl-C saves and stops; a second one stops at once."""
+    from eclosion.training.run import train
+
+    print(f"Run folder: {train(config, overrides or [], resume=resume, accept_changes=accept_changes)}")
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(help="A run folder, or one checkpoint in it.")],
+    num_images: Annotated[int, typer.Option("-n", "--num-images", min=1, help="How many images.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Image i depends on this and i alone.")] = 0,
+    sampler: Annotated[
+        str | None, typer.Option(help="See `eclosion list samplers`; the run's own if not given.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Network calls per image.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="How strongly images follow their class.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where images go; a folder inside the run's if not given.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images made at once.")] = 16,
+    device: Annotated[str, typer.Option(help=DEVICES)] = "auto",
+) -> None:
+    """Make images with a trained run."""
+    from eclosion.cli.terminal import sampling_bar
+    from eclosion.sampling import sample
+
+    with sampling_bar(num_images, batch_size) as on_step:
+        folder = sample(
+            run,
+            num_images=num_images,
+            seed=seed,
+            sampler=sampler,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            out=out,
+            batch_size=batch_size,
+            device=device,
+            on_step=on_step,
+        )
+    print(f"{num_images} images and grid.png: {folder}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder, or one checkpoint in it.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    pipeline: Annotated[str, typer.Option(help="ddpm or ddim.")] = "ddpm",
+) -> None:
+    """Write a diffusers pipeline, load it again and compare."""
+    from eclosion.exporting import export
+
+    print(f"Pipeline: {export(run, out, pipeline=pipeline)}")
+
+
+@data_app.command("show")
+def data_show(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("data.png"),
+    num_images: Annotated[int, typer.Option("-n", "--num-images", min=1, help="How many images.")] = 24,
+) -> None:
+    """Draw a labelled grid of what the network will see."""
+    from eclosion.inspection.data_sheet import show_data
+
+    print(f"Wrote {show_data(config, overrides or [], out=out, num_images=num_images)}")
+
+
+@app.command()
+def runs(folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path(), as_json: AsJson = False) -> None:
+    """List the runs below a folder with their state, step and loss."""
+    from eclosion.cli.terminal import print_runs
+    from eclosion.inspection.runs import list_runs
+
+    _print(list_runs(folder), partial(print_runs, folder=folder), json_wanted=as_json)
+
+
+@app.command()
+def doctor(
+    self_test: Annotated[bool, typer.Option(help="Train, resume and compare for five seconds.")] = True,
+) -> None:
+    """Look at this machine and installation, and try out training."""
+    from eclosion.cli.terminal import print_diagnosis
+    from eclosion.diagnosis import doctor
+
+    found = doctor(self_test=self_test)
+    print_diagnosis(found)
+    if not found.healthy:
+        raise typer.Exit(4)
+
+
+@app.command("list")
+def list_(table: Annotated[str | None, typer.Argument(help="Such as samplers; all if not given.")] = None) -> None:
+    """List the parts that a config can name, with their options."""
+    from eclosion.cli.terminal import print_parts
+    from eclosion.inspection.parts import list_parts
+
+    print_parts(list_parts(table))
+
+
+@app.command()
+def schema(
+    out: Annotated[Path | None, typer.Argument(help="The file to write; prints it if not given.")] = None,
+) -> None:
+    """Write the JSON Schema of configs, for editors."""
+    from eclosion.config.json_schema import json_schema
+
+    text = json.dumps(json_schema(), indent=2) + "\n"
+    if out is None:
+        print(text, end="")
+    else:
+        out.write_text(text, encoding="utf-8")
+        print(f"Wrote {out}. Name it in a YAML config's first line: # yaml-language-server: $schema={out}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write the page of a run, report.html."""
+    from eclosion.report import write_report
+    from eclosion.rundir import RunDir
+
+    folder = RunDir(run)
+    if not folder.config.is_file():
+        raise ConfigError(f"{run} is no run folder: it has no {folder.config.name}. `eclosion runs` lists runs.")
+    print(f"Wrote {write_report(folder)}")

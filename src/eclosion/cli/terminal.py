@@ -1,0 +1,201 @@
+"""How results look on a terminal, and as JSON."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from eclosion.errors import UserError
+
+if TYPE_CHECKING:  # for types alone: they import torch
+    from eclosion.diagnosis import Diagnosis
+    from eclosion.inspection.checking import Check
+    from eclosion.inspection.parts import PartInfo
+    from eclosion.inspection.runs import RunInfo
+
+__all__ = ["as_json", "print_check", "print_diagnosis", "print_parts", "print_runs", "sampling_bar"]
+
+# Columns of a table in a file or a pipe, where there is no window to fit into.
+PLAIN_WIDTH = 160
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+
+
+def as_json(value: Any) -> str:
+    """A result of ours as JSON text."""
+    return json.dumps(_plain(value), indent=2)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, UserError):
+        return {"kind": type(value).__name__, "exit_code": value.exit_code, "message": str(value)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, datetime):
+        return value.isoformat(timespec="seconds")
+    return str(value) if isinstance(value, Path) else value
+
+
+def _table(*headings: str, right: Sequence[int] = ()) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i in right else "left", overflow="fold")
+    return table
+
+
+def _row(table: Table, *cells: object) -> None:
+    """Add a row of plain text: what comes from files may hold rich's markup."""
+    table.add_row(*(Text(str(cell)) for cell in cells))
+
+
+# --- check ---------------------------------------------------------------------------------------------------------
+
+
+def print_check(check: "Check") -> None:
+    """Settings with their origins, networks, and what the run amounts to."""
+    console = _console()
+    if check.settings:
+        settings = _table("key", "value", "origin")
+        for setting in check.settings:
+            _row(settings, setting.path, json.dumps(setting.value), setting.origin)
+        console.print(settings, "")
+    if check.networks:
+        console.print(_networks(check), "")
+    facts = _table("", "")
+    for name, fact in _facts(check):
+        _row(facts, name, fact)
+    if facts.row_count:
+        console.print(facts)
+    for note in check.notes:
+        console.print(Text(f"note: {note}"))
+    if not check.problems:
+        console.print("No problem found.")
+
+
+def _networks(check: "Check") -> Table:
+    table = _table("network", "block", "parameters", right=[2])
+    for net in check.networks:
+        for block, size in net.blocks.items():
+            _row(table, net.name, block, f"{size:,}")
+        _row(table, net.name, "total, trained" if net.trained else "total, frozen", f"{net.parameters:,}")
+    return table
+
+
+def _facts(check: "Check") -> Iterator[tuple[str, str]]:
+    if check.data:
+        data = check.data
+        yield "images", f"{data.num_samples:,}"
+        yield "classes", f"{len(data.class_names)}: {_listed(data.class_names)}" if data.class_names else "none"
+        yield "captions", "yes" if data.has_captions else "none"
+    if check.plan:
+        plan = check.plan
+        yield "steps", f"{plan.num_steps:,}, {plan.steps_per_epoch:,.4g} in an epoch"
+        yield "epochs", f"{plan.epochs:,.4g}"
+        yield "images seen", f"{plan.num_samples:,}"
+    if check.device:
+        yield "device", f"{check.device}, precision {check.precision}"
+    if check.checkpoint_bytes:
+        yield "checkpoint", f"{_bytes(check.checkpoint_bytes)} each, {_bytes(check.free_bytes)} free on the disk"
+    if check.standing:
+        yield "output", check.standing
+
+
+def _listed(names: Sequence[str], limit: int = 10) -> str:
+    more = f", and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+# --- runs ----------------------------------------------------------------------------------------------------------
+
+
+def print_runs(runs: Sequence["RunInfo"], folder: Path) -> None:
+    """One line per run."""
+    console = _console()
+    if not runs:
+        console.print(Text(f"No runs below {folder}."))
+        return
+    table = _table("run", "state", "step", "of", "loss", "updated", right=[2, 3, 4])
+    for run in runs:
+        loss = "" if run.loss is None or not math.isfinite(run.loss) else f"{run.loss:.4f}"
+        cells = ["" if value is None else value for value in (run.step, run.num_steps)]
+        _row(table, run.folder, run.state, *cells, loss, _ago(run.updated))
+    console.print(table)
+
+
+def _ago(when: datetime) -> str:
+    seconds = (datetime.now(UTC) - when).total_seconds()
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return "just now" if seconds < 10 else f"{seconds:.0f} seconds ago"
+
+
+# --- list ----------------------------------------------------------------------------------------------------------
+
+
+def print_parts(parts: Sequence["PartInfo"]) -> None:
+    """Each part with its options."""
+    console = _console()
+    table = ""
+    for part in parts:
+        if part.table != table:
+            table = part.table
+            console.print(Text(f"{table.replace('_', ' ').upper()}", style="bold"))
+        console.print(Text.assemble("  ", (part.name, "bold"), f"  {part.summary}"))
+        options = _table("", "", "", "")
+        for option in part.options:
+            _row(options, f"      {option.name}", option.type, f"= {option.default}", option.text)
+        if part.options:
+            options.show_header = False
+            console.print(options)
+
+
+# --- doctor --------------------------------------------------------------------------------------------------------
+
+
+def print_diagnosis(diagnosis: "Diagnosis") -> None:
+    """One line per finding."""
+    console = _console()
+    table = _table("", "", "")
+    table.show_header = False
+    for finding in diagnosis.findings:
+        _row(table, "OK" if finding.ok else "FAILED", finding.name, finding.text)
+    console.print(table)
+
+
+# --- sample --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def sampling_bar(num_images: int, batch_size: int) -> Iterator[Callable[[int, int], None]]:
+    """A bar over the network calls of all batches; what it gives is `on_step`. Nothing where there is no terminal."""
+    from rich.progress import Progress  # only one command needs it
+
+    batches = math.ceil(num_images / batch_size)
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("sampling", total=None)
+
+        def on_step(step: int, steps: int) -> None:
+            progress.update(task, total=batches * steps, advance=1)
+
+        yield on_step

@@ -1,0 +1,42 @@
+"""One signal asks, two insist."""
+
+import os
+import signal
+
+import pytest
+
+from eclosion.training import signals
+from eclosion.training.signals import StopRequested, StopSignals
+
+
+def test_the_first_signal_is_noted_and_the_second_ends_the_process(monkeypatch):
+    ended = []
+    monkeypatch.setattr(signals.os, "_exit", ended.append)
+    with StopSignals() as stop:
+        stop.saves_first = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        assert ended == []
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended == [130]
+
+
+def test_during_start_up_a_signal_leaves_at_once():
+    with StopSignals(), pytest.raises(StopRequested):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_long_work_is_left_at_its_next_step():
+    with StopSignals() as stop:
+        stop.saves_first = True
+        stop.on_step(3, 20)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(StopRequested):
+            stop.on_step(4, 20)
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
