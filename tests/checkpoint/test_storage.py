@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from eclosion.checkpoint import storage
+from eclosion.checkpoint import disk, storage
 from eclosion.errors import CheckpointError
 from eclosion.rundir import RunDir
 
@@ -110,7 +110,7 @@ def test_contiguous_cpu_tensors_are_written_from_where_they_are():
 
 
 def test_a_chunk_boundary_inside_and_between_tensors_does_no_harm(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "_CHUNK", 7)
+    monkeypatch.setattr(disk, "CHUNK", 7)
     folder = RunDir(tmp_path).checkpoint(1)
     tensors = {"a": some(torch.uint8, (20,)), "b": some(torch.uint8, (7,)), "c": some(torch.float32, (9,))}
     storage.write(folder, {"net": tensors}, {}, {})
@@ -272,6 +272,28 @@ def test_a_state_that_is_not_json_is_refused_before_anything_is_written(tmp_path
     with pytest.raises((ValueError, TypeError)):
         storage.write(folder, small(), {"loss": value}, {})
     assert not folder.parent.exists()
+
+
+@pytest.mark.parametrize("tensors", [{"w": torch.zeros(1, dtype=torch.complex128)}, {"__metadata__": torch.zeros(1)}])
+def test_what_safetensors_cannot_hold_is_refused_by_name(tmp_path, tensors):
+    with pytest.raises(ValueError, match=f"{next(iter(tensors))}' of type .* cannot be stored"):
+        storage.write(RunDir(tmp_path).checkpoint(1), {"net": tensors}, {}, {})
+
+
+def test_a_state_too_large_to_be_read_again_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "_JSON_LIMIT", 100)
+    with pytest.raises(ValueError, match="too many"):
+        storage.write(RunDir(tmp_path).checkpoint(1), small(), {"x": "y" * 100}, {})
+
+
+def test_without_verification_a_file_that_is_gone_or_cut_is_still_found(copy):
+    raw = (copy / "unet.safetensors").read_bytes()
+    (copy / "unet.safetensors").write_bytes(raw[:-1])
+    with pytest.raises(storage.DamagedError, match=f"it has {len(raw) - 1} bytes, and manifest.json states {len(raw)}"):
+        storage.read(copy, verified=False)
+    (copy / "unet.safetensors").unlink()
+    with pytest.raises(storage.DamagedError, match=r"unet\.safetensors is missing"):
+        storage.read(copy, verified=False)
 
 
 @pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "x" * 101, "a b", "ä"])

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from eclosion.checkpoint import storage
+from eclosion.checkpoint import disk, storage
 from eclosion.checkpoint.store import CheckpointStore, _snapshot
 from eclosion.errors import CheckpointError
 from eclosion.rundir import RunDir
@@ -167,7 +167,7 @@ def test_a_failure_in_the_background_surfaces_once_at_the_next_call(run, monkeyp
 def test_after_a_failed_save_the_next_one_works(run, monkeypatch):
     store = filled(run, 1)
     with monkeypatch.context() as broken:
-        broken.setattr(storage, "fsync_folder", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "no")))
+        broken.setattr(disk, "fsync_folder", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "no")))
         with pytest.raises(CheckpointError):
             store.save(2, weights(2), {}, {}, wait=True)
     store.save(3, weights(3), {}, {}, wait=True)
@@ -289,7 +289,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_told(run, monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(storage, "remove", refuse)
+    monkeypatch.setattr(disk, "remove", refuse)
     with pytest.raises(CheckpointError, match="step-00000002 cannot be removed: Permission denied"):
         store.save(4, weights(4), {}, {}, wait=True)
     assert store.latest() == run.checkpoint(4)

@@ -19,10 +19,9 @@ import os
 import re
 import shutil
 import stat
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from eclosion.checkpoint import disk
 from eclosion.errors import CheckpointError
 from eclosion.rundir import step_of
 
@@ -42,19 +42,14 @@ __all__ = [
     "glance",
     "read",
     "read_manifest",
-    "remove",
-    "tidy",
     "verify",
     "write",
 ]
 
 FORMAT_VERSION = 1
 MANIFEST, STATE = "manifest.json", "state.json"
-PARTIAL, REPLACED = ".partial-", ".replaced-"
 
 _ENTRY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
-_HIDDEN = re.compile(r"(?P<kind>\.partial-|\.replaced-)(?P<step>\d+)-[0-9a-f]{32}")
-_CHUNK = 1 << 20  # bytes; fits the second-level cache
 _JSON_LIMIT = 64 << 20  # bytes; far above any state.json of ours, far below what would hurt
 _DTYPES = {
     torch.float64: "F64",
@@ -140,18 +135,18 @@ def write(
     contents[STATE] = [memoryview(_json(state))]
     meta = json.loads(_json(meta))
     sizes = {name: sum(buffer.nbytes for buffer in buffers) for name, buffers in contents.items()}
-    with _told(final, needed := sum(sizes.values())), _unpublished(final) as partial:
-        _check_space(final.parent, needed)
+    with disk.saving(final, needed := sum(sizes.values())), disk.unpublished(final) as partial:
+        disk.check_space(final.parent, needed)
         partial.mkdir()
         # Hashes the memory while this thread waits for the disk. All file operations stay in this thread.
         with _helper() as hasher:
             digests = {name: hasher.submit(_sha256, buffers) for name, buffers in contents.items()}
             for name, buffers in contents.items():
-                _write_file(partial / name, buffers)
+                disk.write_file(partial / name, buffers)
             entries = {name: FileEntry(size, digests[name].result()) for name, size in sizes.items()}
         manifest = Manifest(step, entries, meta)
-        _write_file(partial / MANIFEST, [memoryview(_manifest_bytes(manifest))])
-        fsync_folder(partial)
+        disk.write_file(partial / MANIFEST, [memoryview(_manifest_bytes(manifest))])
+        disk.fsync_folder(partial)
         _publish(partial, final, manifest)
     return manifest
 
@@ -160,7 +155,7 @@ def _publish(partial: Path, final: Path, manifest: Manifest) -> None:
     """Give a whole checkpoint its name; one that has it already gives way, unless it is the same."""
     if not final.exists():
         partial.rename(final)
-        fsync_folder(final.parent)
+        disk.fsync_folder(final.parent)
     elif _is_valid_and_equal(final, manifest):
         shutil.rmtree(partial)
     else:
@@ -168,14 +163,14 @@ def _publish(partial: Path, final: Path, manifest: Manifest) -> None:
 
 
 def _replace(partial: Path, final: Path) -> None:
-    aside = hidden(final, REPLACED)
+    aside = disk.hidden(final, disk.REPLACED)
     final.rename(aside)  # a kill between the two renames leaves .replaced-*, which `tidy` puts back
     try:
         partial.rename(final)
     except BaseException:
         aside.rename(final)
         raise
-    fsync_folder(final.parent)
+    disk.fsync_folder(final.parent)
     shutil.rmtree(aside, ignore_errors=True)  # the save is done; `tidy` removes at the next start what is left
 
 
@@ -186,28 +181,14 @@ def _is_valid_and_equal(folder: Path, manifest: Manifest) -> bool:
         return False
 
 
-def _write_file(path: Path, buffers: Sequence[memoryview]) -> None:
-    """Write a new file, make it durable, and read it back to see that it holds what memory holds."""
-    with opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
-        for buffer in buffers:
-            _write_all(fd, buffer)
-        os.fsync(fd)
-        os.lseek(fd, 0, os.SEEK_SET)
-        back = bytearray(_CHUNK)
-        for buffer in buffers:
-            for chunk in _chunks(buffer):
-                # startswith is a plain memcmp; comparing memoryviews goes byte by byte
-                if os.readv(fd, [memoryview(back)[: chunk.nbytes]]) != chunk.nbytes or not back.startswith(chunk):
-                    raise OSError(errno.EIO, f"{path.name} reads back as something else than what was written")
-
-
-def _write_all(fd: int, buffer: memoryview) -> None:
-    while buffer:
-        buffer = buffer[os.write(fd, buffer) :]  # at most 2 GiB at a time
-
-
-def _chunks(buffer: memoryview) -> Iterator[memoryview]:
-    return (buffer[start : start + _CHUNK] for start in range(0, buffer.nbytes, _CHUNK))
+@contextmanager
+def _helper() -> Iterator[ThreadPoolExecutor]:
+    """One thread; what waits for it is dropped when the block fails."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _sha256(buffers: Sequence[memoryview]) -> str:
@@ -228,9 +209,12 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> list[memoryview]:
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     buffers, offset = [memoryview(b"")], 0
     for name in names:
+        dtype = _DTYPES.get(tensors[name].dtype)
+        if dtype is None or name in header:
+            raise ValueError(f"{name!r} of type {tensors[name].dtype} cannot be stored in a safetensors file")
         buffers.append(buffer := _memory(tensors[name]))
         header[name] = {
-            "dtype": _DTYPES[tensors[name].dtype],
+            "dtype": dtype,
             "shape": list(tensors[name].shape),
             "data_offsets": [offset, offset + buffer.nbytes],
         }
@@ -254,7 +238,10 @@ def _entry(name: str) -> str:
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, indent=2, sort_keys=True, allow_nan=False).encode()
+    raw = json.dumps(value, indent=2, sort_keys=True, allow_nan=False).encode()
+    if len(raw) > _JSON_LIMIT:
+        raise ValueError(f"{len(raw)} bytes of JSON are too many; put what is large into a tensor")
+    return raw
 
 
 def _manifest_bytes(manifest: Manifest) -> bytes:
@@ -291,7 +278,7 @@ def read_manifest(folder: Path) -> Manifest:
     version = body.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {version}, and this eclosion reads {FORMAT_VERSION}. "
+            f"{path} has format version {repr(version)[:40]}, and this eclosion reads {FORMAT_VERSION}. "
             "Install the version that wrote it."
         )
     manifest = _manifest(body, path)
@@ -305,10 +292,11 @@ def _manifest(body: Mapping[str, Any], path: Path) -> Manifest:
         files = {str(name): FileEntry(int(e["size"]), str(e["sha256"])) for name, e in body["files"].items()}
         manifest = Manifest(int(body["step"]), files, dict(body["meta"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedError(f"{path} is not the manifest of a checkpoint ({error!r}).") from None
+        raise DamagedError(f"{path} is not the manifest of a checkpoint ({repr(error)[:200]}).") from None
     bad = [name for name in files if not _ENTRY.fullmatch(name)]
     if bad or STATE not in files:
-        raise DamagedError(f"{path} is not the manifest of a checkpoint: it lists {bad or 'no state.json'}.")
+        what = repr(bad[0][:100]) if bad else "no state.json"
+        raise DamagedError(f"{path} is not the manifest of a checkpoint: it lists {what}.")
     return manifest
 
 
@@ -342,7 +330,7 @@ def verify(folder: Path) -> Manifest:
 
 def _file_sha256(path: Path) -> str:
     """Read, not mapped: a disk that fails under a mapped file kills the process instead of raising."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(disk.CHUNK))
     with _reading(path) as (fd, _):
         while count := os.readv(fd, [buffer]):
             digest.update(buffer[:count])
@@ -354,14 +342,14 @@ def read(folder: Path, *, verified: bool) -> Loaded:
 
     Args:
         folder: as given to `write`.
-        verified: whether every byte is compared with the manifest before a tensor is handed out. Without, only what
-            the formats themselves catch is caught.
+        verified: whether every byte is compared with the manifest before a tensor is handed out; without, only the
+            size of each file is. Hashing leaves the files in the page cache, where loading finds them.
 
     Returns:
         Tensors on the CPU, mapped from the files: a page is read when it is first touched, and changing a tensor
         does not change the file.
     """
-    manifest = verify(folder) if verified else read_manifest(folder)
+    manifest = verify(folder) if verified else glance(folder)
     names = [name for name in manifest.files if name.endswith(".safetensors")]
     files = {name.removesuffix(".safetensors"): _read_safetensors(folder / name) for name in names}
     return Loaded(files, _parsed(_read_small(folder / STATE), folder / STATE), manifest)
@@ -369,10 +357,10 @@ def read(folder: Path, *, verified: bool) -> Loaded:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with disk.explained(path, "read", "Mend that and start again."), safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise DamagedError(f"{path} is damaged: {_line(error)}.") from None
+    except SafetensorError as error:
+        raise DamagedError(f"{path} is damaged: {disk.reason(error)}.") from None
 
 
 def _read_small(path: Path) -> bytes:
@@ -405,138 +393,11 @@ def _reading(path: Path) -> Iterator[tuple[int, int]]:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise DamagedError(f"{path} is damaged: it is not a file.")
-        with opened(path, os.O_RDONLY) as fd:
+        with disk.opened(path, os.O_RDONLY) as fd:
             yield fd, os.fstat(fd).st_size
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             raise DamagedError(f"{path} is missing, and its checkpoint is damaged.") from None
         if error.errno == errno.EIO:
             raise DamagedError(f"{path} is damaged: the disk cannot read it ({os.strerror(errno.EIO)}).") from None
-        raise CheckpointError(f"{path} cannot be read: {_line(error)}. Mend that and start again.") from None
-
-
-# --- folders -------------------------------------------------------------------------------------------------------
-
-
-def tidy(checkpoints: Path) -> None:
-    """Remove what killed saves left behind, and put back what one had set aside. Only under the run's lock."""
-    for path in list(checkpoints.iterdir()):
-        match = _HIDDEN.fullmatch(path.name)
-        if not match or not path.is_dir():
-            continue
-        final = checkpoints / f"step-{match['step']}"
-        if match["kind"] == REPLACED and not final.exists():
-            path.rename(final)
-        else:
-            shutil.rmtree(path)
-    fsync_folder(checkpoints)
-
-
-def remove(folder: Path) -> None:
-    """Delete a checkpoint: invisible first, so that a kill half-way leaves no half checkpoint under its name."""
-    folder.rename(aside := hidden(folder, PARTIAL))
-    fsync_folder(folder.parent)
-    shutil.rmtree(aside)
-
-
-def hidden(final: Path, kind: str) -> Path:
-    """A new name beside a checkpoint under which nobody takes it for one."""
-    return final.parent / f"{kind}{final.name.removeprefix('step-')}-{uuid.uuid4().hex}"
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    with opened(folder, os.O_RDONLY | os.O_DIRECTORY) as fd:
-        try:
-            os.fsync(fd)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # some network file systems know no fsync of folders
-                raise
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and its parents, durably."""
-    if not folder.is_dir():
-        make_folder(folder.parent)
-        with suppress(FileExistsError):
-            folder.mkdir()
-        fsync_folder(folder.parent)
-
-
-@contextmanager
-def opened(path: Path, flags: int) -> Iterator[int]:
-    """A file descriptor, closed at the end; the close is checked, since some file systems report a full disk there."""
-    fd = os.open(path, flags, 0o644)
-    try:
-        yield fd
-    except BaseException:
-        with suppress(OSError):
-            os.close(fd)
-        raise
-    os.close(fd)
-
-
-@contextmanager
-def _unpublished(final: Path) -> Iterator[Path]:
-    """A path beside `final` to write to; whatever stands there is removed if the writing fails."""
-    make_folder(final.parent)
-    partial = hidden(final, PARTIAL)
-    try:
-        yield partial
-    except BaseException:
-        # Best effort: the cause matters more, and `tidy` comes at the next start.
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def _helper() -> Iterator[ThreadPoolExecutor]:
-    """One thread; what waits for it is dropped when the block fails."""
-    pool = ThreadPoolExecutor(1)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def explained(path: Path, what: str, cure: str) -> Iterator[None]:
-    """Turn an error of the operating system into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be {what}: {_line(error)}. {cure}") from error
-
-
-@contextmanager
-def _told(final: Path, needed: int) -> Iterator[None]:
-    """Turn a failing disk into one line with path, needed and free."""
-    try:
-        yield
-    except OSError as error:
-        free = _free(final.parent)
-        raise CheckpointError(
-            f"{final} cannot be saved: {_line(error)}. It needs {needed / 1e6:.1f} MB, and "
-            f"{'an unknown number of' if free is None else f'{free / 1e6:.1f}'} MB are free there. "
-            "Older checkpoints are intact; make room or mend the disk, and start again."
-        ) from error
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = _free(folder)
-    if free is not None and needed > free:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _free(folder: Path) -> int | None:
-    """Bytes that may still be written to the disk of a folder; None if it cannot say. Quotas do not show."""
-    try:
-        info = os.statvfs(folder)
-    except OSError:
-        return None
-    return info.f_bavail * info.f_frsize
-
-
-def _line(error: BaseException) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split()).rstrip(".") or type(error).__name__
+        raise CheckpointError(f"{path} cannot be read: {disk.reason(error)}. Mend that and start again.") from None

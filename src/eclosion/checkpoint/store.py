@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eclosion.checkpoint import storage
+from eclosion.checkpoint import disk, storage
 from eclosion.checkpoint.storage import DamagedError, Loaded
 from eclosion.errors import CheckpointError
 from eclosion.rundir import RunDir, step_of
@@ -111,7 +111,7 @@ class CheckpointStore:
 
     def folders(self) -> list[Path]:
         """Every checkpoint by name, newest first, valid or not."""
-        with storage.explained(self.run.checkpoints, "read", "Mend that, and start again."):
+        with disk.explained(self.run.checkpoints, "read", "Mend that, and start again."):
             if not self.run.checkpoints.is_dir():
                 return []
             found = [(step, path) for path in self.run.checkpoints.iterdir() if (step := step_of(path)) is not None]
@@ -156,9 +156,9 @@ class CheckpointStore:
     def clean_orphans(self) -> None:
         """Remove what killed saves left behind. Only under the run's lock: a partial may be another's save at work."""
         self._wait()
-        with storage.explained(self.run.checkpoints, "tidied up", "Mend that, and start again."):
+        with disk.explained(self.run.checkpoints, "tidied up", "Mend that, and start again."):
             if self.run.checkpoints.is_dir():
-                storage.tidy(self.run.checkpoints)
+                disk.tidy(self.run.checkpoints)
 
     def _prune(self) -> None:
         """Delete what is neither among the newest valid ones nor kept for good.
@@ -170,8 +170,8 @@ class CheckpointStore:
             if valid < self.keep_last:
                 valid += self._is_valid(folder, thorough=valid < 2)
             elif not self._is_kept_for_good(folder):
-                with storage.explained(folder, "removed", "Newer checkpoints are intact; remove it by hand."):
-                    storage.remove(folder)
+                with disk.explained(folder, "removed", "Newer checkpoints are intact; remove it by hand."):
+                    disk.remove(folder)
 
     def _is_kept_for_good(self, folder: Path) -> bool:
         step = step_of(folder)

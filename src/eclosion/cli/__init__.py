@@ -30,7 +30,7 @@ app.add_typer(data_app, name="data")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML, JSON or TOML file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.batch_size=32 or data.crop=random.")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as train.batch_size=32 or data.crop=random.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DEVICES = "auto, cpu, cuda or mps."
@@ -77,7 +77,7 @@ def _tell_bug(error: Exception, debug: bool) -> None:
     )
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     _to_stderr(f"note: {message}" if category is UserWarning else f"warning: {message}")
 
 
@@ -263,7 +263,7 @@ def list_(table: Annotated[str | None, typer.Argument(help="Such as samplers; al
 
 @app.command()
 def schema(
-    out: Annotated[Path | None, typer.Argument(help="The file to write; prints it if not given.")] = None,
+    out: Annotated[Path | None, typer.Argument(help="The file to write; else it is printed.")] = None,
 ) -> None:
     """Write the JSON Schema of configs, for editors."""
     from eclosion.config.json_schema import json_schema

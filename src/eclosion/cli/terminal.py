@@ -52,7 +52,7 @@ def _plain(value: Any) -> Any:
 
 
 def _table(*headings: str, right: Sequence[int] = ()) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold", show_header=any(headings))
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="right" if i in right else "left", overflow="fold")
     return table
@@ -165,7 +165,6 @@ def print_parts(parts: Sequence["PartInfo"]) -> None:
         for option in part.options:
             _row(options, f"      {option.name}", option.type, f"= {option.default}", option.text)
         if part.options:
-            options.show_header = False
             console.print(options)
 
 
@@ -176,7 +175,6 @@ def print_diagnosis(diagnosis: "Diagnosis") -> None:
     """One line per finding."""
     console = _console()
     table = _table("", "", "")
-    table.show_header = False
     for finding in diagnosis.findings:
         _row(table, "OK" if finding.ok else "FAILED", finding.name, finding.text)
     console.print(table)

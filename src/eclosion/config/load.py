@@ -126,11 +126,12 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _origins(run: RunConfig, tree: Mapping[str, Any], name: str, overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
-    given = {path for path, _ in leaves(tree)}
-    overridden = [text.partition("=")[0].strip() for text in overrides]
+    written = {"override": dict(leaves(apply_overrides({}, overrides))), name: dict(leaves(tree))}
     for path, _ in leaves(dump(run)):
-        if any(path == o or path.startswith(f"{o}.") for o in overridden):
-            yield path, "override"
-        else:
-            written = any(path == g or path.startswith(f"{g}.") or path == f"{g}.name" for g in given)
-            yield path, name if written else "default"
+        yield path, next((origin for origin, given in written.items() if _decides(path, given)), "default")
+
+
+def _decides(path: str, given: Mapping[str, Any]) -> bool:
+    """Whether a value was written at a path; a part's bare name says nothing of its options."""
+    above, _, last = path.rpartition(".")
+    return path in given or (last == "name" and above in given)
