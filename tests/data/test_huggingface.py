@@ -13,7 +13,7 @@ pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402 - after it is known to be there
 
 from eclosion.data.huggingface import HuggingFaceSource  # noqa: E402
-from eclosion.errors import BadSample, DataError  # noqa: E402
+from eclosion.errors import BadSample, ConfigError, DataError  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +153,9 @@ def test_rows_are_read_from_many_threads_at_once(tmp_path):
 
 def test_the_fingerprint_sees_other_images_columns_and_lengths(tmp_path):
     found = set()
-    for number, data in enumerate([table(), table(4), table(5, image=[{"bytes": png(9), "path": None}] * 5)]):
+    for number, data in enumerate(
+        [table(), table(4), table(5, image=[{"bytes": png(9), "path": f"{i}.png"} for i in range(5)])]
+    ):
         data.to_parquet(tmp_path / f"{number}.parquet")
         found.add(HuggingFaceSource(path=str(tmp_path / f"{number}.parquet")).open().fingerprint)
     found.add(HuggingFaceSource(path=str(tmp_path / "0.parquet"), caption_column="text").open().fingerprint)
@@ -183,7 +185,7 @@ def test_what_a_row_lacks_makes_it_a_bad_sample(tmp_path):
 
 
 def refused(**options):
-    with pytest.raises(DataError) as caught:
+    with pytest.raises((DataError, ConfigError)) as caught:
         HuggingFaceSource(**options).open()
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -257,6 +259,16 @@ def test_an_empty_split_is_refused(tmp_path):
     saved = table().filter(lambda row: row["year"] > 3000)
     saved.save_to_disk(tmp_path / "empty")
     assert refused(path=str(tmp_path / "empty")) == f"data.source.path: split 'train' of {tmp_path}/empty is empty."
+
+
+def test_options_that_would_have_no_effect_are_refused(tmp_path):
+    path = stored("save_to_disk", tmp_path)
+    assert refused(path=path, revision="main") == (
+        f"data.source.revision: {path} is on disk and has no revisions. Leave it out."
+    )
+    assert refused(path=path, config_name="small") == (
+        f"data.source.config_name: {path} has no configurations. Leave it out."
+    )
 
 
 def test_a_damaged_file_is_one_line(tmp_path):

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from eclosion.data.batch import Skip
-from eclosion.data.ledger import Ledger
+from eclosion.data.ledger import Ledger, over_budget
 from eclosion.errors import DataError, EnvironmentProblem
 from eclosion.rundir import RunDir
 
@@ -114,6 +114,18 @@ def test_finished_epochs_survive_a_resume_untouched(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_a_line_that_lost_its_end_is_mended(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path, num_samples=N)
+    run(ledger, 0, 24)
+    whole, state = path.read_text(), ledger.state()
+    path.write_text(whole[:-1])
+    restored = Ledger.restore(state, path, num_samples=N)
+    assert path.read_text() == whole
+    run(restored, 24, 32)
+    assert [line["epoch"] for line in lines(path)] == [0, 1, 2]
+
+
 def test_processes_without_a_file_keep_the_same_account(tmp_path):
     with_file = Ledger.restore(None, tmp_path / "ledger.jsonl", num_samples=N, max_bad_fraction=1)
     without = Ledger.restore(None, None, num_samples=N, max_bad_fraction=1)
@@ -132,6 +144,13 @@ def test_the_budget_counts_all_processes_and_survives_a_resume():
         "6.png: ends early. 3 of 10 samples of epoch 0 cannot be used (truncated), and data.max_bad_fraction=0.2 "
         "allows 2. Repair or remove the sample, or raise data.max_bad_fraction."
     )
+
+
+@pytest.mark.parametrize(("fraction", "allowed"), [(0, 0), (0.29, 29), (0.295, 29), (1, 100)])
+def test_the_budget_is_a_share_of_the_epoch_whatever_its_rounding(fraction, allowed):
+    last = skip(5, num_samples=100)
+    assert over_budget(last, allowed, 100, fraction) is None
+    assert over_budget(last, allowed + 1, 100, fraction) is not None
 
 
 def test_each_epoch_has_the_whole_budget():

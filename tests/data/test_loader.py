@@ -101,7 +101,7 @@ def reference(samples, options, seed, positions):
     return torch.stack(out)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     num=st.integers(1, 40),
     start=st.integers(0, 200),
@@ -225,23 +225,26 @@ def test_reading_runs_a_few_steps_ahead_and_no_further():
     samples = Fake(1000)
     steps = Loader(samples, config(num_threads=2), seed=0, batch_size=4).steps(0)
     next(steps)
-    time.sleep(0.2)
-    assert 8 <= len(samples.reads) <= 16
+    deadline = time.monotonic() + 10
+    while len(samples.reads) < 16 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert len(samples.reads) == 16  # the step that was taken, and three more
     steps.close()
 
 
 def test_the_training_thread_need_not_wait_while_threads_read_ahead():
-    samples = Fake(10_000, delay=0.002)
+    samples = Fake(10_000, delay=0.01)
     steps = Loader(samples, config(num_threads=4), seed=0, batch_size=8).steps(0)
     next(steps)
     waited = 0.0
     for _ in range(8):
-        time.sleep(0.03)  # the network at work: longer than 4 threads take for 8 images
+        time.sleep(0.04)  # the network at work: longer than 4 threads take for 8 images
         before = time.perf_counter()
         next(steps)
         waited += time.perf_counter() - before
     steps.close()
-    assert waited < 0.5 * 8 * 8 * 0.002
+    assert waited < 0.5 * 8 * 8 * 0.01  # half of what it takes without threads
 
 
 def test_a_bad_sample_stops_the_run_and_is_named():
@@ -330,7 +333,7 @@ def test_closing_stops_the_threads_promptly():
     next(steps)
     before = time.perf_counter()
     steps.close()
-    assert time.perf_counter() - before < 0.3  # one image, not the 20 ms x 192 / 3 that were asked for
+    assert time.perf_counter() - before < 0.7  # one image, not the 20 ms x 192 / 3 that were asked for
     assert not threads()
 
 

@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eclosion.data.order import Order
@@ -15,6 +15,7 @@ SEEDS = st.integers(0, 2**40)
 FIXED = [9, 6, 8, 3, 7, 1, 2, 5, 0, 4, 1, 6, 3, 5, 7, 0, 9, 4, 8, 2]
 
 
+@settings(max_examples=50, deadline=None)
 @given(SIZES, SEEDS, st.integers(0, 1000))
 def test_each_epoch_visits_every_sample_once(num_samples, seed, epoch):
     order = Order(num_samples, seed=seed, shuffle=True)
@@ -22,6 +23,7 @@ def test_each_epoch_visits_every_sample_once(num_samples, seed, epoch):
     assert sorted(visited.tolist()) == list(range(num_samples))
 
 
+@settings(max_examples=50, deadline=None)
 @given(SIZES, SEEDS, st.lists(st.integers(0, 2000), max_size=60))
 def test_a_position_has_its_sample_in_whatever_order_positions_are_asked_for(num_samples, seed, positions):
     from_start = Order(num_samples, seed=seed, shuffle=True).indices(range(2001))

@@ -1,6 +1,7 @@
 """A user's own data set: what its items may be, and that randomness in it is keyed by position."""
 
 import random
+import threading
 from itertools import islice
 
 import numpy as np
@@ -161,8 +162,21 @@ def test_a_hugging_face_data_set_with_its_own_transform_is_accepted():
     assert torch.equal(samples.read(2).image, FLOATS(picture(2)))
 
 
-def test_it_is_read_with_keys():
-    assert isinstance(TorchDatasetSamples([picture(0)]), KeyedSamples)
+class Witness(Augmented):
+    def __init__(self):
+        self.threads = set()
+
+    def __getitem__(self, index):
+        self.threads.add(threading.current_thread())
+        return super().__getitem__(index)
+
+
+def test_a_data_set_is_read_in_the_training_thread_whatever_num_threads_is():
+    dataset = Witness()
+    samples = TorchDatasetSamples(dataset)
+    assert isinstance(samples, KeyedSamples)
+    first(samples, 3, num_threads=4)
+    assert dataset.threads == {threading.main_thread()}
 
 
 class Broken(Dataset):

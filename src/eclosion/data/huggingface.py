@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from eclosion.data.images import decode
 from eclosion.data.source import Sample
-from eclosion.errors import BadSample, DataError, did_you_mean
+from eclosion.errors import BadSample, ConfigError, DataError, did_you_mean
 from eclosion.registry import part
 
 __all__ = ["HuggingFaceSamples", "HuggingFaceSource"]
@@ -51,6 +51,7 @@ class HuggingFaceSource:
         """Find the rows without decoding images.
 
         Raises:
+            ConfigError: if an option does not go with the way the data set is stored.
             DataError: if the data set cannot be loaded, is empty, or a column is missing or of another type.
         """
         data = self._load()
@@ -59,7 +60,7 @@ class HuggingFaceSource:
         image = _image_column(data.features, self.image_column, self.path)
         caption = _caption_column(data.features, self.caption_column, self.path)
         class_names, label_of = _labels(data, self.label_column, self.path)
-        columns = [image, *(column for column in (caption, self.label_column) if column)]
+        columns = list(dict.fromkeys(column for column in (image, caption, self.label_column) if column))
         # bytes, not pictures: our own rules decode them
         rows = data.with_format(None).select_columns(columns).cast_column(image, datasets.Image(decode=False))
         return HuggingFaceSamples(
@@ -79,11 +80,17 @@ class HuggingFaceSource:
         local = Path(self.path).expanduser()
         if not local.exists() and self.path.startswith((".", "/", "~")):
             raise DataError(f"data.source.path: {self.path} does not exist (working folder: {Path.cwd()}).")
+        one_file = local.suffix == ".parquet" and local.is_file()
+        saved = (local / "state.json").is_file() or (local / "dataset_dict.json").is_file()
+        if self.revision is not None and local.exists():
+            raise ConfigError(f"data.source.revision: {self.path} is on disk and has no revisions. Leave it out.")
+        if self.config_name is not None and (one_file or saved):
+            raise ConfigError(f"data.source.config_name: {self.path} has no configurations. Leave it out.")
         try:
-            if local.suffix == ".parquet" and local.is_file():
+            if one_file:
                 whole = self.split.partition("[")[0]  # "train" of "train[:10%]"
                 return datasets.load_dataset("parquet", data_files={whole: str(local)}, split=self.split)
-            if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
+            if saved:
                 return self._of_split(datasets.load_from_disk(str(local)))
             return datasets.load_dataset(
                 str(local) if local.exists() else self.path,

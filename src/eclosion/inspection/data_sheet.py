@@ -20,7 +20,7 @@ __all__ = ["show_data"]
 
 # In pixels of the sheet.
 TILE, GAP, FONT_SIZE, LINE = 160, 10, 12, 15
-MAX_LINES = 5
+MAX_LINES = 6
 LETTERS = 26  # that fit under a tile
 MAX_COLUMNS = 8
 
@@ -65,7 +65,8 @@ def _texts(batch: Batch, names: Sequence[str], class_names: Sequence[str]) -> li
         else:
             lines += [f"class: {class_names[int(batch['label'][i])]}"] if "label" in batch else []
             lines += textwrap.wrap(batch["caption"][i], LETTERS) if "caption" in batch else []
-        found.append("\n".join(lines[:MAX_LINES]))
+        cut = [*lines[: MAX_LINES - 1], f"{lines[MAX_LINES - 1]} …"] if len(lines) > MAX_LINES else lines
+        found.append("\n".join(cut))
     return found
 
 

@@ -1,0 +1,66 @@
+"""What may change when a run is resumed."""
+
+import pytest
+
+from eclosion.config.changes import compare, kind_of
+from eclosion.config.load import leaves, load
+from eclosion.errors import ConfigError
+from eclosion.registry import dump
+
+BEFORE = dump(load({"output": "run", "data": {"source": "butterflies"}}).run)
+
+
+def after(*overrides):
+    return dump(load(BEFORE, overrides).run)
+
+
+def test_every_key_of_a_config_is_in_one_class_and_what_shapes_the_images_is_identity():
+    kinds = {path: kind_of(path) for path, _ in leaves(BEFORE)}
+    assert {path for path, kind in kinds.items() if kind == "schedule"} == {
+        "train.duration",
+        "train.batch_size",
+        "train.max_grad_norm",
+        "train.mixed_precision",
+        "train.freeze",
+        "optimizer.learning_rate",
+        "optimizer.betas",
+        "optimizer.epsilon",
+        "optimizer.weight_decay",
+        "optimizer.lr_schedule",
+        "optimizer.lr_warmup_steps",
+        "ema.warmup",
+        "data.max_bad_fraction",
+    }
+    assert {kinds[p] for p in ("seed", "data.image_size", "task.model.preset", "data.source.size")} == {"identity"}
+    assert {kinds[p] for p in ("output", "data.num_threads", "sample.every", "track.log")} == {"free"}
+
+
+def test_free_keys_may_change_without_a_word():
+    assert compare(BEFORE, after("train.micro_batch_size=4", "sample.num_images=1"), accept=False, where="x") == []
+
+
+def test_a_changed_identity_key_is_refused_with_both_values_whatever_is_accepted():
+    with pytest.raises(ConfigError) as error:
+        compare(BEFORE, after("seed=1", "data.image_size=32"), accept=True, where="runs/a/step-00000010")
+    assert error.value.problems == [
+        "data.image_size: 64 -> 32 would make it another run than the one in runs/a/step-00000010.",
+        "seed: 0 -> 1 would make it another run than the one in runs/a/step-00000010.",
+        "Put the values back, or choose another output folder.",
+    ]
+
+
+def test_a_changed_schedule_key_needs_the_users_word_and_is_recorded():
+    now = after("train.duration=5 steps")
+    with pytest.raises(ConfigError) as error:
+        compare(BEFORE, now, accept=False, where="x")
+    assert error.value.problems == [
+        "train.duration: '100 epochs' -> '5 steps' changes how the run in x goes on.",
+        "Put the values back, or pass --accept-changes.",
+    ]
+    (change,) = compare(BEFORE, now, accept=True, where="x")
+    assert (change.path, change.before, change.after) == ("train.duration", "100 epochs", "5 steps")
+
+
+def test_a_key_that_nobody_classified_is_an_identity_key():
+    assert kind_of("data.new_option") == "identity"
+    assert kind_of("training.duration") == "identity"

@@ -1,0 +1,122 @@
+"""`check` against what training does."""
+
+import shutil
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from eclosion import check, train
+from eclosion.checkpoint.lock import RunLock
+from eclosion.rundir import RunDir
+
+
+def messages(found):
+    return [str(problem) for problem in found.problems]
+
+
+def test_a_good_config_has_no_problem_and_every_key_has_a_value(make_config, tmp_path):
+    found = check(make_config(tmp_path / "run"))
+    assert messages(found) == []
+    assert {setting.origin for setting in found.settings} == {"config", "default"}
+    assert len(found.settings) > 60
+    assert not (tmp_path / "run").exists()  # it looks, and touches nothing
+
+
+def test_parameters_are_those_of_the_network_that_diffusers_builds(make_config, tmp_path):
+    (net,) = check(make_config(tmp_path / "run")).networks
+    options = make_config(tmp_path)["task"]["model"]["options"]
+    theirs = UNet2DModel(sample_size=16, in_channels=3, out_channels=3, **options)
+    assert net.parameters == theirs.num_parameters()
+    assert sum(net.blocks.values()) == net.parameters
+    assert net.blocks["mid_block"] == sum(p.numel() for p in theirs.mid_block.parameters())
+    assert net.trained
+
+
+def test_the_size_of_a_checkpoint_is_the_size_on_disk(make_config, uninterrupted, tmp_path):
+    found = check(make_config(tmp_path / "run"))
+    folder = RunDir(uninterrupted).checkpoint(12)
+    on_disk = sum(path.stat().st_size for path in folder.iterdir() if path.suffix == ".safetensors")
+    # Headers with the names of all tensors weigh in with a network as tiny as this one.
+    assert found.checkpoint_bytes == pytest.approx(on_disk, rel=0.15)
+    assert found.checkpoint_bytes < on_disk
+
+
+def test_steps_and_epochs_are_those_that_training_makes(make_config, tmp_path):
+    config = make_config(tmp_path / "run", train={"duration": "2 epochs"}, sample={"num_images": 0})
+    plan = check(config).plan
+    assert (plan.num_steps, plan.num_samples, plan.epochs, plan.steps_per_epoch) == (10, 80, 2.0, 5.0)
+    assert RunDir(train(config)).checkpoint(plan.num_steps).is_dir()
+
+
+def test_a_frozen_network_needs_no_moments_in_a_checkpoint(make_config, tmp_path):
+    whole = check(make_config(tmp_path / "run"))
+    frozen = check(make_config(tmp_path / "run", train={"freeze": ["unet"]}))
+    assert messages(frozen) == ["train.freeze names every network (unet), so nothing would be trained."]
+    assert not frozen.networks[0].trained
+    assert whole.checkpoint_bytes - frozen.checkpoint_bytes == 2 * 4 * whole.networks[0].parameters
+
+
+def test_problems_of_all_kinds_are_found_at_once(make_config, tmp_path):
+    config = make_config(
+        tmp_path / "run",
+        data={"source": {"name": "folder", "root": str(tmp_path / "none")}},
+        train={"micro_batch_size": 3, "freeze": ["unt"], "device": "mps"},
+    )
+    found = messages(check(config))
+    assert [message.partition(":")[0] for message in found] == [
+        "data.source.root",
+        "train.micro_batch_size",
+        "train.freeze",
+        "train.device is 'mps', and torch finds no such device here. Use device=auto or cpu.",
+    ]
+
+
+def test_the_data_of_a_config_that_is_wrong_elsewhere_is_looked_at_too(make_config, tmp_path):
+    config = make_config(tmp_path / "run", train={"batchsize": 3})
+    config["data"]["source"] = {"name": "folder", "root": str(tmp_path / "none")}
+    found = check(config)
+    assert [problem.exit_code for problem in found.problems] == [2, 3]
+    assert messages(found)[0].startswith("train.batchsize is not an option. Did you mean 'batch_size'?")
+    config["data"]["source"] = "butterflies"
+    assert check(config).data.num_samples == 2000
+
+
+def test_a_batch_that_the_processes_cannot_share_is_found(make_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert messages(check(make_config(tmp_path / "run"))) == [
+        "train.batch_size: 8 images cannot be shared evenly by 3 processes. Use a multiple of 3, such as 6 or 9."
+    ]
+
+
+def test_a_disk_that_is_too_small_is_found(make_config, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("eclosion.inspection.checking.shutil.disk_usage", lambda _: usage)
+    found = check(make_config(tmp_path / "run"))
+    needed = 3 * found.checkpoint_bytes / 1e6
+    assert messages(found) == [
+        f"{tmp_path / 'run'}: 3 checkpoints need {needed:.1f} MB, and 0.0 MB are free. "
+        "Make room, or choose another output folder."
+    ]
+    assert found.problems[0].exit_code == 4
+
+
+def test_it_says_what_train_would_do_with_what_is_in_the_folder(make_config, uninterrupted):
+    config = make_config(uninterrupted)
+    assert check(config).standing == "the run there is finished, at step 12"
+    assert check({**config, "overwrite": True}).standing.startswith("the finished run there is replaced")
+    longer = check(config, ["train.duration=20 steps"])
+    assert messages(longer)[0].splitlines() == [
+        f"train.duration: '12 steps' -> '20 steps' changes how the run in {RunDir(uninterrupted).checkpoint(12)} goes on.",
+        "Put the values back, or pass --accept-changes.",
+    ]
+    with RunLock(RunDir(uninterrupted)):
+        assert "is in use by process" in messages(check(config))[0]
+
+
+def test_class_names_reach_the_network(make_config, tmp_path):
+    plain = check(make_config(tmp_path / "run"))
+    told = check(make_config(tmp_path / "run"), ["task.class_conditional=true"])
+    assert len(told.data.class_names) == 8
+    width = torch.nn.Embedding(9, 64).weight.numel()  # eight classes and the hidden one
+    assert told.networks[0].parameters - plain.networks[0].parameters == width

@@ -1,0 +1,249 @@
+"""The command line: each command, what it prints and what it ends with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+import yaml
+from PIL import Image
+
+import eclosion
+from eclosion.errors import Interrupted, OutOfMemory
+
+
+@pytest.fixture
+def config(make_config, tmp_path):
+    """A config file of a tiny run."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(make_config(tmp_path / "run")))
+    return path
+
+
+def test_help_names_every_command(command):
+    out = command("--help").out
+    for name in ("demo", "init", "check", "train", "sample", "export", "data", "runs", "doctor", "list", "schema"):
+        assert f"\n  {name} " in out
+    assert "report" in out
+
+
+def test_the_version_is_the_packages(command):
+    assert command("--version").out == f"{eclosion.__version__}\n"
+
+
+def test_an_unknown_command_is_a_usage_error(command):
+    outcome = command("trian")
+    assert outcome.code == 2
+    assert "No such command 'trian'" in outcome.err
+
+
+def test_init_writes_a_config_that_check_takes_and_does_not_overwrite_one(command, tmp_path):
+    path = tmp_path / "new" / "config.yaml"
+    assert command("init", path, "--recipe", "butterflies").out == f"Wrote {path}. Next: eclosion check {path}\n"
+    assert command("check", path).code == 0
+    path.write_text("mine")
+    again = command("init", path)
+    assert (again.code, again.err) == (
+        2,
+        f"error: {path} exists already, and is left as it is. Give another name.\n",
+    )
+    assert path.read_text() == "mine"
+
+
+def test_init_names_the_recipes(command, tmp_path):
+    assert "butterflies  Butterflies drawn by eclosion itself" in command("init", "--recipe", "list").out
+    wrong = command("init", tmp_path / "c.yaml", "--recipe", "buterflies")
+    assert wrong.err == (
+        "error: 'buterflies' is no recipe. Did you mean 'butterflies'? "
+        "Options: butterflies, classes, clipart, flow, folder, huggingface.\n"
+    )
+
+
+def test_check_shows_values_with_origins_networks_and_counts(command, config):
+    outcome = command("check", config, "train.batch_size=4")
+    assert (outcome.code, outcome.err) == (0, "")
+    lines = {" ".join(line.split()) for line in outcome.out.splitlines()}
+    assert {
+        "train.batch_size 4 override",
+        "data.image_size 16 config",
+        'train.parallel "ddp" default',
+        "images 40",
+        "steps 12, 10 in an epoch",
+        "epochs 1.2",
+        "images seen 48",
+        "output no run is there; training starts from scratch",
+        "No problem found.",
+    } <= lines
+
+
+def test_check_as_json_holds_the_same(command, config):
+    found = json.loads(command("check", config, "--json").out)
+    assert found["data"]["num_samples"] == 40
+    assert found["plan"]["num_steps"] == 12
+    assert found["problems"] == []
+    assert {"path": "seed", "value": 0, "origin": "default"} in found["settings"]
+
+
+def test_check_ends_with_the_code_of_the_first_problem_and_tells_all(command, config):
+    outcome = command("check", config, "data.source={name: folder, root: none}", "train.freeze=[unt]")
+    assert outcome.code == 3
+    assert [line.split(":")[1] for line in outcome.err.splitlines()] == [" data.source.root", " train.freeze"]
+
+
+def test_train_goes_from_config_to_run_folder_and_says_where(command, config, tmp_path):
+    outcome = command("train", config, "train.duration=2 steps", "sample.num_images=0")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.splitlines()[-1] == f"Run folder: {tmp_path / 'run'}"
+    assert (tmp_path / "run" / "checkpoints" / "step-00000002").is_dir()
+    # once more, longer
+    refused = command("train", config, "train.duration=3 steps")
+    assert refused.code == 2
+    accepted = command("train", config, "train.duration=3 steps", "--accept-changes")
+    assert accepted.code == 0
+    assert "resuming at step 2 of 3" in accepted.out
+
+
+def test_resume_never_leaves_a_run_that_is_there_alone(command, config, uninterrupted):
+    outcome = command("train", config, f"output={uninterrupted}", "--resume", "never")
+    assert outcome.code == 2
+    assert outcome.err == (
+        f"error: {uninterrupted} already holds a run at step-00000012. Go on with --resume auto, choose another output "
+        "folder, or set overwrite=true.\n"
+    )
+
+
+def test_sample_makes_images_that_depend_on_the_seed_and_not_on_the_batch(command, uninterrupted, tmp_path):
+    arguments = ("sample", uninterrupted, "-n", 3, "--seed", 7, "--sampler", "ddim", "--steps", 2, "--device", "cpu")
+    one = command(*arguments, "--out", tmp_path / "one")
+    assert (one.code, one.err) == (0, "")
+    assert one.out == f"3 images and grid.png: {tmp_path / 'one'}\n"
+    command(*arguments, "--out", tmp_path / "other", "--batch-size", 2)
+    for name in ("000000.png", "000001.png", "000002.png"):
+        with Image.open(tmp_path / "one" / name) as ours, Image.open(tmp_path / "other" / name) as theirs:
+            assert max(abs(a - b) for a, b in zip(ours.tobytes(), theirs.tobytes(), strict=True)) <= 1
+
+
+def test_sample_tells_what_is_wrong(command, uninterrupted, tmp_path):
+    assert command("sample", tmp_path).err == (
+        f"error: {tmp_path}: holds no checkpoint. Give the folder of a run that has trained.\n"
+    )
+    wrong = command("sample", uninterrupted, "--sampler", "dppm")
+    assert wrong.code == 2
+    assert "Did you mean 'ddpm'?" in wrong.err
+
+
+def test_export_writes_a_pipeline(command, uninterrupted, tmp_path):
+    outcome = command("export", uninterrupted, tmp_path / "pipe", "--pipeline", "ddim")
+    assert (outcome.code, outcome.out) == (0, f"Pipeline: {tmp_path / 'pipe'}\n")
+    assert json.loads((tmp_path / "pipe" / "model_index.json").read_text())["_class_name"] == "DDIMPipeline"
+
+
+def test_data_show_draws_a_sheet(command, config, tmp_path):
+    outcome = command("data", "show", config, "--out", tmp_path / "sheet.png", "-n", 3)
+    assert (outcome.code, outcome.out) == (0, f"Wrote {tmp_path / 'sheet.png'}\n")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 3 * 160
+
+
+def test_runs_lists_what_there_is(command, uninterrupted, tmp_path):
+    (line,) = command("runs", uninterrupted.parent).out.splitlines()[1:]
+    assert line.split()[:4] == [str(uninterrupted), "finished", "12", "12"]
+    assert command("runs", tmp_path).out == f"No runs below {tmp_path}.\n"
+    (found,) = json.loads(command("runs", uninterrupted.parent, "--json").out)
+    assert (found["state"], found["step"]) == ("finished", 12)
+
+
+def test_list_shows_parts_with_their_options(command):
+    out = command("list", "samplers").out
+    assert "ddim" in out
+    assert "num_inference_steps  int >= 1" in out
+    assert "one of: trailing, linspace, leading" in out
+    assert command("list", "sampler").err == (
+        "error: 'sampler' is no table of parts. Did you mean 'samplers'? Options: dialects, loggers, models, "
+        "noise_schedules, samplers, sources, tasks.\n"
+    )
+
+
+def test_schema_is_printed_or_written(command, tmp_path):
+    printed = command("schema").out
+    assert command("schema", tmp_path / "s.json").code == 0
+    assert (tmp_path / "s.json").read_text() == printed
+    assert json.loads(printed)["title"] == "eclosion config"
+
+
+def test_report_writes_the_page_of_a_run_and_of_nothing_else(command, uninterrupted, tmp_path):
+    assert command("report", uninterrupted).out == f"Wrote {uninterrupted / 'report.html'}\n"
+    wrong = command("report", tmp_path)
+    assert (wrong.code, wrong.err) == (
+        2,
+        f"error: {tmp_path} is no run folder: it has no config.json. `eclosion runs` lists runs.\n",
+    )
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_a_traceback_is_shown_with_debug_alone(where, command, tmp_path):
+    plain = command("check", tmp_path / "none.yaml")
+    assert "Traceback" not in plain.err
+    words = ["train", tmp_path / "none.yaml"]
+    outcome = command(*(["--debug", *words] if where == "before" else [*words, "--debug"]))
+    assert outcome.code == 2
+    assert outcome.err.startswith("Traceback")
+    assert outcome.err.endswith("`eclosion init` writes a config.\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OutOfMemory("too little"), 5, "error: too little\n"),
+        (Interrupted(15, "stopped"), 143, "error: stopped\n"),
+        (Interrupted(2, "stopped"), 130, "error: stopped\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (
+            ZeroDivisionError("division\nby zero"),
+            1,
+            "error: ZeroDivisionError: division by zero\nThis is a bug in eclosion. The traceback is in the run's "
+            "error.log if there is a run, and shown with --debug.\n",
+        ),
+    ],
+)
+def test_each_kind_of_end_has_its_code(error, code, message, command, monkeypatch, tmp_path):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr("eclosion.training.run.train", fails)
+    outcome = command("train", tmp_path / "c.yaml")
+    assert (outcome.code, outcome.err) == (code, message)
+
+
+def test_a_remark_about_a_config_is_a_note(command, monkeypatch, tmp_path):
+    def remarks(*_, **__):
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("nothing is uploaded", stacklevel=2)
+        return "run"
+
+    monkeypatch.setattr("eclosion.training.run.train", remarks)
+    outcome = command("train", tmp_path / "c.yaml")
+    assert (outcome.code, outcome.out, outcome.err) == (0, "Run folder: run\n", "note: nothing is uploaded\n")
+
+
+def test_ctrl_c_saves_and_the_next_start_goes_on(config, tmp_path):
+    """In a process of its own, as a person does it."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    words = [sys.executable, "-m", "eclosion", "train", str(config), "train.duration=5000 steps"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run").glob("checkpoints/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    saved = max(path.name for path in (tmp_path / "run").glob("checkpoints/step-*"))
+    assert err == (
+        f"error: {tmp_path / 'run'}: stopped at step {int(saved.removeprefix('step-'))}, which is saved. "
+        "Start it again to go on.\n"
+    )
