@@ -16,13 +16,15 @@ writes the same numbers to in every step.
 """
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -32,9 +34,11 @@ from bench.turns import Gate
 from bench.work import ENDLESS, Network, Pictures
 from eclosion.device import autocast, pick_precision
 
-__all__ = ["loader", "peer_steps", "peer_work", "preprocess", "train"]
+__all__ = ["Batch", "loader", "peer_steps", "peer_work", "preprocess", "train"]
 
 CPU = torch.device("cpu")
+# "input": float32 [B, 3, H, W] in [-1, 1]
+Batch = dict[str, Tensor]
 
 
 def preprocess(image_size: int) -> Callable[[Any], Tensor]:
@@ -50,31 +54,39 @@ def preprocess(image_size: int) -> Callable[[Any], Tensor]:
 
 
 class _Transformed(Dataset[dict[str, Tensor]]):
-    """Pictures in memory, transformed whenever one is asked for."""
+    """Pictures in memory or in files, decoded and transformed whenever one is asked for."""
 
-    def __init__(self, pictures: Pictures, image_size: int) -> None:
-        self._images, self._preprocess = pictures.images, preprocess(image_size)
+    def __init__(self, images: Sequence[Image.Image | Path], image_size: int) -> None:
+        self._images, self._preprocess = images, preprocess(image_size)
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input": self._preprocess(self._images[index].convert("RGB"))}
+        image = self._images[index]
+        if isinstance(image, Path):
+            image = Image.open(image)
+        return {"input": self._preprocess(image.convert("RGB"))}
 
 
-def loader(dataset: Any, batch_size: int) -> DataLoader[Any]:
-    """Batches in a new order each epoch, from this process, as by default."""
-    return DataLoader(dataset, batch_size=batch_size, shuffle=True, num_workers=0)
+def loader(images: Sequence[Image.Image | Path], image_size: int, batch_size: int) -> DataLoader[dict[str, Tensor]]:
+    """Batches in a new order each epoch, made in this thread: the script has no workers by default."""
+    return DataLoader(_Transformed(images, image_size), batch_size=batch_size, shuffle=True, num_workers=0)
 
 
 def train(
-    net: nn.Module, batches: Iterable[Any], *, precision: str, on_step: Callable[[], None], num_epochs: int = ENDLESS
+    net: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    precision: str,
+    on_step: Callable[[], None] = lambda: None,
+    num_epochs: int = ENDLESS,
 ) -> None:
     """Train over and over the same data.
 
     Args:
         net: a UNet2DModel.
-        batches: mappings with "input", float32 [B, 3, H, W]; gone through once per epoch.
+        batches: gone through once per epoch.
         precision: "no" or "bf16".
         on_step: called before each batch is taken.
         num_epochs: how often to go through the data.
@@ -126,23 +138,23 @@ def train(
 
 def peer_steps(gate: Gate, network: Network, pictures: Pictures, precision: str) -> None:
     """The peer's loop over pictures in memory, for ever."""
-    batches = loader(_Transformed(pictures, network.image_size), network.batch_size)
+    batches = loader(pictures.images, network.image_size, network.batch_size)
     train(network.build(), _Endless(batches), precision=precision, on_step=gate)
 
 
 class _Endless:
     """Batches of one epoch after the other, as one: so that a step never ends in an empty batch."""
 
-    def __init__(self, batches: Iterable[Any]) -> None:
+    def __init__(self, batches: Iterable[Batch]) -> None:
         self._batches = batches
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Batch]:
         while True:
             yield from self._batches
 
 
-def peer_work(precision: str) -> dict[str, Any]:
-    """What the peer does in each step."""
+def peer_work(precision: str, *, pictures: str = "decoded in memory") -> dict[str, Any]:
+    """What the peer does in each step; `pictures` says where its pictures come from."""
     return {
         "dtype": {"no": "fp32"}.get(precision, precision),
         "optimizer": "AdamW, torch's default",
@@ -150,6 +162,6 @@ def peer_work(precision: str) -> dict[str, Any]:
         "ema": "every step, diffusers.EMAModel",
         "lr_schedule": "cosine, 500 steps of warm-up",
         "draws": "torch's global generator",
-        "loader": "DataLoader, 0 workers, pictures decoded in memory",
+        "loader": f"DataLoader, 0 workers, pictures {pictures}",
         "log": "tqdm bar every step",
     }

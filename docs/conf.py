@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # for generate
+sys.path.insert(0, str(Path(__file__).parent))  # for generate and mathml
 
 import generate
 
@@ -11,16 +11,15 @@ from eclosion import __version__
 
 project = "eclosion"
 author = "the eclosion authors"
-copyright = "the eclosion authors"  # noqa: A001 (Sphinx's name)
+copyright = "the eclosion authors"
 version = release = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "benchmarks_table.md"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml"]
+html_math_renderer = "mathml"
+exclude_patterns = ["_build", "benchmarks_table.md", "examples/clipart_numbers.md"]
 
 myst_enable_extensions = ["attrs_inline", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-# ```mermaid and the like are not used; a fence without a language is plain text
-highlight_language = "text"
 html_theme = "furo"
 html_title = f"eclosion {release}"
 html_static_path: list[str] = ["_static"]

@@ -1,19 +1,23 @@
-"""The parts of the reference that are read from the code when the documentation is built.
+"""What the documentation reads from the code when it is built.
 
-A page says where one goes with a line such as
+A page says where with a line such as
 
     <!-- generated: config -->
+    <!-- picture: images/demo.png: what it shows -->
 
-so that the reference cannot tell of an option that is not there, nor leave one out.
+so that the reference cannot tell of an option that is not there, nor leave one out. A picture that is not made yet
+is left out.
 """
 
 import dataclasses
 import inspect
+import os
 import re
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args
 
 import typer
 
@@ -21,105 +25,60 @@ from eclosion import errors
 from eclosion.cli import app
 from eclosion.config.changes import kind_of
 from eclosion.config.schema import RunConfig
+from eclosion.data import images
 from eclosion.inspection.recipes import recipes
-from eclosion.registry import EXTRAS, TABLES, describe, part_of, resolve
+from eclosion.registry import EXTRAS, TABLES, Option, describe, part_of, resolve
 from eclosion.rundir import RunDir
 
-__all__ = ["GENERATED", "MARK", "fill", "outdated"]
+__all__ = ["GENERATED", "MARK", "commands", "fill", "outdated"]
 
-MARK = re.compile(r"^<!-- generated: ([\w-]+) -->$", re.MULTILINE)
 DOCS = Path(__file__).parent
-# What a table of parts is called, and the key under which a config names one of them.
-TITLES = {
+MARK = re.compile(r"^<!-- generated: ([\w-]+) -->$", re.MULTILINE)
+PICTURE = re.compile(r"^<!-- picture: (\S+): (.+) -->$", re.MULTILINE)
+# Table of parts -> its heading, and the key under which a config names its parts.
+TABLE_TITLES = {
     "tasks": ("Tasks", "task"),
     "sources": ("Data sources", "data.source"),
     "models": ("Models", "task.model"),
     "noise_schedules": ("Noise schedules", "task.noise_schedule"),
     "samplers": ("Samplers", "sample.sampler"),
     "loggers": ("Loggers", "track.log"),
-    "dialects": ("Dialects", ""),
-}
-ON_RESUME = {
-    "identity": "identity",
-    "schedule": "schedule",
-    "free": "free",
+    "dialects": ("Dialects", None),
 }
 
 
 def fill(app: object, docname: str, source: list[str]) -> None:
     """Replace each mark of a page with what it stands for; Sphinx calls this when it has read the page."""
-    source[0] = MARK.sub(lambda mark: GENERATED[mark[1]](), source[0])
+    text = MARK.sub(lambda mark: GENERATED[mark[1]](), source[0])
+    source[0] = PICTURE.sub(lambda mark: _picture(docname, mark[1], mark[2]), text)
 
 
 def outdated(app: object, env: object, added: set[str], changed: set[str], removed: set[str]) -> list[str]:
     """The pages with a mark: they are built each time, since the code may have changed."""
-    pages = DOCS.rglob("*.md")
-    return [
-        page.relative_to(DOCS).with_suffix("").as_posix()
-        for page in pages
-        if "_build" not in page.parts and MARK.search(page.read_text(encoding="utf-8"))
-    ]
+    texts = {page: page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md") if "_build" not in page.parts}
+    marked = [page for page, text in texts.items() if MARK.search(text) or PICTURE.search(text)]
+    return [page.relative_to(DOCS).with_suffix("").as_posix() for page in marked]
 
 
-# --- config ----------------------------------------------------------------------------------------------------------
+def _picture(docname: str, path: str, text: str) -> str:
+    if not (DOCS / path).is_file():
+        return ""
+    return f"![{text}]({os.path.relpath(path, Path(docname).parent)})"
+
+
+# --- config and parts ------------------------------------------------------------------------------------------------
 
 
 def config_reference() -> str:
-    """Every key of the fixed sections, with its type, default and class on resume."""
+    """Every key of the fixed sections, with its type, default, class on resume and meaning."""
     top, sections = [], []
-    for field in _fields(RunConfig):
+    for field in dataclasses.fields(RunConfig):
         if dataclasses.is_dataclass(field.type):
-            sections.append(
-                f"## {field.name}\n\n{_doc(field.type)}\n\n" + "\n".join(_entries(field.type, f"{field.name}."))
-            )
+            entries = "\n".join(_entries(field.type, f"{field.name}.", resume=True))
+            sections.append(f"## {field.name}\n\n{inspect.getdoc(field.type)}\n\n{entries}")
         else:
-            top.append(_entry(RunConfig, field.name, ""))
-    return "## Top level\n\n" + "\n".join(top) + "\n" + "\n\n".join(sections) + "\n"
-
-
-def _fields(cls: Any) -> list[Any]:
-    return [field for field in dataclasses.fields(cls) if field.init]
-
-
-def _entries(cls: Any, prefix: str) -> Iterator[str]:
-    """The options of a section or part, those of a dataclass inside it included."""
-    for field in _fields(cls):
-        if dataclasses.is_dataclass(field.type):
-            yield from _entries(field.type, f"{prefix}{field.name}.")
-        else:
-            yield _entry(cls, field.name, prefix)
-
-
-def _entry(cls: Any, name: str, prefix: str) -> str:
-    """One definition: the key, then its type, default, class on resume and meaning."""
-    option = next(option for option in describe(cls) if option.name == name)
-    annotation = next(field.type for field in _fields(cls) if field.name == name)
-    held = part_of(annotation) or next((found for item in _inside(annotation) if (found := part_of(item))), None)
-    facts = [option.type if held is None else f"{option.type}: [see there](parts.md#{_anchor(held.table)})"]
-    facts.append("required" if option.default == "required" else f"default `{option.default}`")
-    if prefix != "-":
-        facts.append(ON_RESUME[kind_of(f"{prefix}{name}")])
-    key = f"{prefix}{name}".removeprefix("-")
-    return f"[`{key}`]{{#{_slug(prefix, name)}}}\n: {' · '.join(facts)}\n\n  {option.text}\n"
-
-
-def _inside(annotation: Any) -> tuple[Any, ...]:
-    return getattr(annotation, "__args__", ())
-
-
-def _slug(prefix: str, name: str) -> str:
-    return f"key-{prefix}{name}".replace(".", "-").replace("_", "-").replace("--", "-").lower()
-
-
-def _anchor(table: str) -> str:
-    return TITLES[table][0].lower().replace(" ", "-")
-
-
-def _doc(documented: object) -> str:
-    return inspect.getdoc(documented) or ""
-
-
-# --- parts -----------------------------------------------------------------------------------------------------------
+            top.append(_entry(RunConfig, field, "", resume=True))
+    return "\n\n".join(["## Top level", "\n".join(top), *sections])
 
 
 def parts_reference() -> str:
@@ -128,70 +87,72 @@ def parts_reference() -> str:
 
 
 def _table(table: str) -> str:
-    title, key = TITLES[table]
-    if not key:
-        return f"## {title}\n\nConfigs of other programs, translated when they are read.\n\n" + "\n\n".join(
-            _dialect(name) for name in TABLES[table]
-        )
-    kind = kind_of(f"{key}.name")
-    head = f"## {title}\n\nNamed by `{key}`. On resume their names and options are {_resume_link(kind)} keys."
-    return head + "\n\n" + "\n\n".join(_part(table, name, key) for name in TABLES[table])
+    title, key = TABLE_TITLES[table]
+    if key is None:
+        head = "Configs of other programs, translated when they are read."
+        return "\n\n".join([f"## {title}", head, *map(_dialect, TABLES[table])])
+    # the name and all options of a part are of one class
+    link = f"[{kind_of(f'{key}.name')}](config.md#what-may-change-on-resume)"
+    head = f"Named by `{key}`. On resume, names and options are {link} keys."
+    return "\n\n".join([f"## {title}", head, *(_part(table, name) for name in TABLES[table])])
 
 
-def _resume_link(kind: str) -> str:
-    return f"[{kind}](config.md#what-may-change-on-resume)"
-
-
-def _part(table: str, name: str, key: str) -> str:
+def _part(table: str, name: str) -> str:
     cls = resolve(table, name)
     needs = [extra for library, extra in EXTRAS.items() if hasattr(sys.modules[cls.__module__], library)]
-    lines = [f"### {name}", "", _doc(cls), ""]
-    lines += [f'Needs `pip install "eclosion[{extra}]"`.\n' for extra in needs]
-    options = list(_entries_of_part(cls, table, name, key))
-    return "\n".join([*lines, *(options or ["It has no options."])])
-
-
-def _entries_of_part(cls: Any, table: str, name: str, key: str, below: str = "") -> Iterator[str]:
-    for field in _fields(cls):
-        if dataclasses.is_dataclass(field.type):
-            yield from _entries_of_part(field.type, table, name, key, f"{below}{field.name}.")
-            continue
-        option = next(option for option in describe(cls) if option.name == field.name)
-        held = part_of(field.type)
-        what = option.type if held is None else f"{option.type}: [see there](#{_anchor(held.table)})"
-        default = "required" if option.default == "required" else f"default `{option.default}`"
-        slug = f"{table}-{name}-{below}{field.name}".replace(".", "-").replace("_", "-").lower()
-        yield f"[`{below}{field.name}`]{{#{slug}}}\n: {what} · {default}\n\n  {option.text}\n"
+    options = "\n".join(_entries(cls, "")) or "It has no options."
+    hints = [f'Needs `pip install "eclosion[{extra}]"`.' for extra in needs]
+    return "\n\n".join([f"### {name}", inspect.getdoc(cls) or "", *hints, options])
 
 
 def _dialect(name: str) -> str:
     module = sys.modules[resolve("dialects", name).recognises.__module__]
     settings = [cls for cls in vars(module).values() if inspect.isclass(cls) and cls.__module__ == module.__name__]
-    keys = [entry for cls in settings for entry in _dialect_keys(cls)]
-    return f"### {name}\n\n{_doc(module)}\n\n" + "\n".join(keys)
+    return "\n\n".join([f"### {name}", inspect.getdoc(module) or "", *("\n".join(_entries(c, "")) for c in settings)])
 
 
-def _dialect_keys(cls: Any) -> Iterator[str]:
-    for option in describe(cls):
-        yield f"`{option.name}`\n: {option.type} · default `{option.default}`\n\n  {option.text}\n"
+def _entries(cls: Any, prefix: str, *, resume: bool = False) -> Iterator[str]:
+    """The options of a section or part, those of a section inside it included."""
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            yield from _entries(field.type, f"{prefix}{field.name}.", resume=resume)
+        else:
+            yield _entry(cls, field, prefix, resume=resume)
 
 
-# --- the rest --------------------------------------------------------------------------------------------------------
+def _entry(cls: Any, field: Any, prefix: str, *, resume: bool) -> str:
+    """One definition: the key, then its type, default and class on resume, then its meaning."""
+    option = next(option for option in describe(cls) if option.name == field.name)
+    key = f"{prefix}{option.name}"
+    facts = [_type(option, field.type), "required" if option.default == "required" else f"default `{option.default}`"]
+    facts += [kind_of(key)] if resume else []
+    anchor = f"{{#key-{key.replace('.', '-').replace('_', '-')}}}" if resume else ""
+    return f"`{key}`{anchor}\n: {' · '.join(facts)}\n\n  {option.text}\n"
+
+
+def _type(option: Option, annotation: Any) -> str:
+    """What a value may be, with a link where it is a part."""
+    held = next((found for item in (annotation, *get_args(annotation)) if (found := part_of(item))), None)
+    if held is None:
+        return option.type
+    return f"{option.type} ([these](parts.md#{TABLE_TITLES[held.table][0].lower().replace(' ', '-')}))"
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
 
 
 def command_reference() -> str:
     """Every command with its arguments and options, as the command line itself knows them."""
-    return "\n\n".join(_command(name, command) for name, command in commands())
+    return "\n\n".join(_command(name, command) for name, command in commands().items())
 
 
-def commands() -> Iterator[tuple[str, Any]]:
+def commands() -> dict[str, Any]:
     """Each command by the words that call it, such as "data show"."""
+    found = {}
     for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
-        below = getattr(command, "commands", None)
-        if below is None:
-            yield name, command
-        else:
-            yield from ((f"{name} {inner}", inside) for inner, inside in below.items())
+        inner = getattr(command, "commands", None)
+        found |= {name: command} if inner is None else {f"{name} {word}": below for word, below in inner.items()}
+    return found
 
 
 def _command(name: str, command: Any) -> str:
@@ -199,13 +160,10 @@ def _command(name: str, command: Any) -> str:
     options = [p for p in command.params if p.param_type_name == "option"]
     words = [_argument(p) if p.required else f"[{_argument(p)}]" for p in arguments]
     usage = " ".join(["eclosion", name, *(["[OPTIONS]"] if options else []), *words])
-    lines = [f"## {name}", "", " ".join(inspect.cleandoc(command.help or "").split()), "", "```text", usage, "```", ""]
-    for p in arguments:
-        lines += [f"`{_argument(p)}`", f": {p.help}{_default(p)}", ""]
-    for p in options:
-        names = ", ".join(f"`{name}`" for name in [*p.opts, *p.secondary_opts])
-        lines += [names, f": {p.help}{_default(p)}", ""]
-    return "\n".join(lines)
+    entries = [f"`{_argument(p)}`\n: {p.help}{_default(p)}\n" for p in arguments]
+    entries += [f"{', '.join(f'`{o}`' for o in p.opts + p.secondary_opts)}\n: {p.help}{_default(p)}\n" for p in options]
+    text = " ".join(inspect.cleandoc(command.help or "").split())
+    return "\n\n".join([f"## {name}", text, f"```text\n{usage}\n```", "\n".join(entries)])
 
 
 def _argument(parameter: Any) -> str:
@@ -213,49 +171,71 @@ def _argument(parameter: Any) -> str:
 
 
 def _default(parameter: Any) -> str:
-    default = parameter.default
-    if parameter.required or default is None or isinstance(default, bool) or not isinstance(default, int | float | str | Path):
-        return ""
-    return f" Default: `{default}`."
+    value = parameter.default
+    plain = isinstance(value, int | float | str | Path) and not isinstance(value, bool)
+    return f" Default: `{value}`." if plain and not parameter.required else ""
+
+
+# --- the rest --------------------------------------------------------------------------------------------------------
 
 
 def exit_codes() -> str:
     """Each class of error with its exit code and meaning."""
-    rows = ["| exit code | error | meaning |", "|---|---|---|", "| 0 | | The command did what it was asked to. |"]
-    classes = [getattr(errors, name) for name in errors.__all__]
-    found = [cls for cls in classes if inspect.isclass(cls)]
-    codes = {cls: "130 or 143" if cls is errors.Interrupted else str(cls.exit_code) for cls in found}
-    for cls in sorted(found, key=lambda cls: (len(codes[cls]), codes[cls], cls.__name__)):
-        summary = _doc(cls).partition("\n\n")[0].replace("\n", " ")
-        rows.append(f"| {codes[cls]} | `{cls.__name__}` | {summary} |")
-    return "\n".join(rows)
+    head = ["| exit code | error | meaning |", "|---|---|---|", "| 0 | | The command did what it was asked to. |"]
+    found = [cls for name in errors.__all__ if inspect.isclass(cls := getattr(errors, name))]
+    codes = {cls: "130, 143" if cls is errors.Interrupted else str(cls.exit_code) for cls in found}
+    order = sorted(found, key=lambda cls: (len(codes[cls]), codes[cls], cls.__name__))
+    return "\n".join(head + [f"| {codes[cls]} | `{cls.__name__}` | {_first_paragraph(cls)} |" for cls in order])
+
+
+def _first_paragraph(documented: object) -> str:
+    return (inspect.getdoc(documented) or "").partition("\n\n")[0].replace("\n", " ")
 
 
 def run_folder() -> str:
     """Each path of a run folder, in the words of `rundir.py`."""
-    root = RunDir(Path("RUN"))
-    fixed = {name: prop for name, prop in vars(RunDir).items() if isinstance(prop, property)}
-    rows = ["| path | holds |", "|---|---|"]
-    for name, prop in fixed.items():
-        path = getattr(root, name)
-        slash = "" if path.suffix or name == "lock" else "/"
-        rows.append(f"| `{path.relative_to(root.root)}{slash}` | {_doc(prop)} |")
-    rows.append(f"| `{root.checkpoint(1000).relative_to(root.root)}/` | {_doc(RunDir.checkpoint)} |")
-    rows.append(f"| `{root.sample_grid(1000).relative_to(root.root)}` | {_doc(RunDir.sample_grid)} |")
-    return "\n".join(rows)
+    run = RunDir(Path("RUN"))
+    paths = {getattr(run, name): prop for name, prop in vars(RunDir).items() if isinstance(prop, property)}
+    paths |= {run.checkpoint(1000): RunDir.checkpoint, run.sample_grid(1000): RunDir.sample_grid}  # type: ignore[dict-item]
+    files = ("lock", *(path.name for path in paths if path.suffix))
+    rows = [
+        f"| `{path.relative_to(run.root)}{'' if path.name in files else '/'}` | {_first_paragraph(documented)} |"
+        for path, documented in sorted(paths.items())
+    ]
+    return "\n".join(["| path | holds |", "|---|---|", *rows])
 
 
 def recipe_list() -> str:
     """The recipes of `eclosion init`, with what each is for."""
-    rows = ["| recipe | what it is for |", "|---|---|"]
-    rows += [f"| `{name}` | {text.partition(chr(10))[0].lstrip('# ')} |" for name, text in recipes().items()]
-    return "\n".join(rows)
+    rows = [f"| `{name}` | {text.partition(chr(10))[0].lstrip('# ')} |" for name, text in recipes().items()]
+    return "\n".join(["| recipe | what it is for |", "|---|---|", *rows])
+
+
+def image_rules() -> str:
+    """The rules for image files, from the top of the file that keeps them: a word, and its rule from column 12 on."""
+    entries: list[list[str]] = []
+    for line in (inspect.getdoc(images) or "").partition("\n\n")[2].splitlines():
+        word, rule = line[:12].strip(), line[12:].strip()
+        if word:
+            entries.append([word, rule])
+        else:
+            entries[-1][1] += f" {rule}"
+    text = "\n".join(f"**{word}**\n: {rule}\n" for word, rule in entries)
+    return text.replace("`MAX_PIXELS`", f"{images.MAX_PIXELS:,}")
+
+
+def layers() -> str:
+    """The layers of the code, top first, as import-linter checks them."""
+    project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    return "\n".join(["```text", *project["tool"]["importlinter"]["contracts"][0]["layers"], "```"])
 
 
 GENERATED: dict[str, Callable[[], str]] = {
     "commands": command_reference,
     "config": config_reference,
     "exit-codes": exit_codes,
+    "image-rules": image_rules,
+    "layers": layers,
     "parts": parts_reference,
     "recipes": recipe_list,
     "run-folder": run_folder,

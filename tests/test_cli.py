@@ -199,8 +199,8 @@ def test_a_traceback_is_shown_with_debug_alone(where, command, tmp_path):
     ("error", "code", "message"),
     [
         (OutOfMemory("too little"), 5, "error: too little\n"),
-        (Interrupted(15, "stopped"), 143, "error: stopped\n"),
-        (Interrupted(2, "stopped"), 130, "error: stopped\n"),
+        (Interrupted(15, "stopped"), 143, "stopped\n"),
+        (Interrupted(2, "stopped"), 130, "stopped\n"),
         (KeyboardInterrupt(), 130, ""),
         (
             ZeroDivisionError("division\nby zero"),
@@ -244,6 +244,6 @@ def test_ctrl_c_saves_and_the_next_start_goes_on(config, tmp_path):
     assert process.returncode == 130
     saved = max(path.name for path in (tmp_path / "run").glob("checkpoints/step-*"))
     assert err == (
-        f"error: {tmp_path / 'run'}: stopped at step {int(saved.removeprefix('step-'))}, which is saved. "
+        f"{tmp_path / 'run'}: stopped at step {int(saved.removeprefix('step-'))}, which is saved. "
         "Start it again to go on.\n"
     )

@@ -1,5 +1,6 @@
 """`demo`: from nothing to butterflies in minutes, and a picture to show for it."""
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ from eclosion.training.run import train
 
 __all__ = ["demo"]
 
-ROWS, COLUMNS = 5, 5
-MARGIN, HEADING = 16, 32  # px
+SAMPLE_ROWS, REAL_ROWS = 4, 2
+SCALE = 3  # each pixel of a 32 px image becomes a square of 3 x 3
+MARGIN, LINE = 12, 26  # px
+
+Images = NDArray[np.uint8]  # [N, H, W, 3]
 
 
 def demo(output: str | Path = "eclosion-demo", *, steps: int | None = None) -> Path:
-    """Train on built-in butterflies and draw samples beside real ones.
+    """Train on built-in butterflies and draw samples beside real ones, one column per colour.
 
     A demo that was stopped goes on; one that is finished draws its picture again.
 
@@ -33,7 +37,7 @@ def demo(output: str | Path = "eclosion-demo", *, steps: int | None = None) -> P
         steps: optimizer steps; none takes the recipe's, about three minutes on two cores.
 
     Returns:
-        The picture: samples on the left, real images on the right.
+        The picture: what the network made above, real images below.
 
     Raises:
         ConfigError: if the folder holds another run, or steps is less than 1.
@@ -44,34 +48,53 @@ def demo(output: str | Path = "eclosion-demo", *, steps: int | None = None) -> P
     overrides = [] if steps is None else [f"train.duration={steps} steps"]
     run = load(config | {"output": str(output)}, overrides).run
     folder = train(run, accept_changes=True)
-    picture = _side_by_side(_samples(folder), _real(run))
+    class_names = run.data.source.open().class_names
+    picture = _picture(_samples(folder, len(class_names)), _real(run), class_names)
     return save_png(picture, RunDir(folder).inside("demo.png"))
 
 
-def _samples(folder: Path) -> NDArray[np.uint8]:
+def _samples(folder: Path, num_classes: int) -> Images:
+    """Images of each class in turn, row by row."""
     trained = load_trained(folder)
+    options = trained.run.sample
     return make_images(
         trained.task,
-        range(ROWS * COLUMNS),
-        seed=trained.run.sample.seed,
-        sampler=trained.run.sample.sampler,
-        guidance_scale=trained.run.sample.guidance_scale,
+        range(SAMPLE_ROWS * num_classes),
+        seed=options.seed,
+        sampler=options.sampler,
+        guidance_scale=options.guidance_scale,
         precision=trained.precision,
     )
 
 
-def _real(run: RunConfig) -> NDArray[np.uint8]:
-    loader = Loader(run.data.source.open(), run.data, seed=run.seed, batch_size=ROWS * COLUMNS)
-    return to_uint8(loader.batch_at(range(ROWS * COLUMNS))["image"])
+def _real(run: RunConfig) -> Images:
+    """The first images of the run, of each class in turn, row by row."""
+    loader = Loader(run.data.source.open(), run.data, seed=run.seed, batch_size=1)
+    columns: list[list[Images]] = [[] for _ in loader.samples.class_names]
+    for position in count():
+        batch = loader.batch_at([position])
+        column = columns[int(batch["label"][0])]
+        if len(column) < REAL_ROWS:
+            column.append(to_uint8(batch["image"])[0])
+        if all(len(column) == REAL_ROWS for column in columns):
+            return np.stack([column[row] for row in range(REAL_ROWS) for column in columns])
+    raise AssertionError("positions do not end")
 
 
-def _side_by_side(samples: NDArray[np.uint8], real: NDArray[np.uint8]) -> Image.Image:
-    halves = [("made by the network", grid(samples, columns=COLUMNS)), ("real", grid(real, columns=COLUMNS))]
-    width, height = halves[0][1].size
-    picture = Image.new("RGB", (2 * width + 3 * MARGIN, height + HEADING + MARGIN), "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(18)
-    for i, (heading, half) in enumerate(halves):
-        x = MARGIN + i * (width + MARGIN)
-        pen.text((x + 2, 6), heading, fill="black", font=font)
-        picture.paste(half, (x, HEADING))
+def _picture(samples: Images, real: Images, class_names: tuple[str, ...]) -> Image.Image:
+    """Both grids, one above the other, under the names of the classes."""
+    columns = len(class_names)
+    parts = [("made by the network", samples), ("real", real)]
+    grids = [(title, grid(images, columns=columns, scale=SCALE)) for title, images in parts]
+    width = grids[0][1].width
+    height = LINE + sum(LINE + sheet.height for _, sheet in grids) + MARGIN
+    picture = Image.new("RGB", (width + 2 * MARGIN, height), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(16)
+    for i, name in enumerate(class_names):
+        pen.text((MARGIN + (i + 0.5) * width / columns, LINE / 2), name, fill="black", font=font, anchor="mm")
+    y = LINE
+    for title, sheet in grids:
+        pen.text((MARGIN + 2, y + LINE / 2), title, fill="grey", font=font, anchor="lm")
+        picture.paste(sheet, (MARGIN, y + LINE))
+        y += LINE + sheet.height
     return picture

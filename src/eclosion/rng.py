@@ -10,10 +10,13 @@ The stream is Philox (Salmon et al. 2011, https://doi.org/10.1145/2063384.206340
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.random import Generator, Philox
+from numpy.random.bit_generator import ISeedSequence
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["Generator", "generator", "integer_seed", "randint", "randn", "uniform"]
@@ -26,7 +29,18 @@ def generator(seed: int, *position: str | int) -> Generator:
         seed: the run's seed.
         position: what the numbers are for and where, such as ("loss", "unet", 17).
     """
-    return Generator(Philox(key=np.frombuffer(_key(seed, position, 16), np.uint64)))
+    key = _Key(np.frombuffer(_key(seed, position, 16), np.uint64))
+    return Generator(Philox(key))  # type: ignore[arg-type]  # NumPy takes any ISeedSequence, its stubs do not
+
+
+class _Key(ISeedSequence):
+    """A Philox key as it is: `Philox(key=...)` first asks the system for entropy, and then does not use it."""
+
+    def __init__(self, words: NDArray[np.uint64]) -> None:
+        self.words = words
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> NDArray[Any]:
+        return self.words
 
 
 def integer_seed(seed: int, *position: str | int) -> int:

@@ -110,8 +110,9 @@ def test_durations_count_steps_samples_or_epochs():
         (
             "c.json",
             b"[" * 100_000,
-            "maximum recursion depth exceeded while decoding a JSON array from a unicode string",
+            "is nested deeper than any config is.",
         ),
+        ("c.yaml", b"[" * 100_000, "is nested deeper than any config is."),
         ("c.yaml", b"#" * (2**20 + 1), "is larger than 1 MiB, which no config is."),
     ],
 )
@@ -135,6 +136,15 @@ def test_numbers_with_an_exponent_need_no_dot(tmp_path):
     run = load(tmp_path / "c.yaml", ["task.model.options={norm_eps: 2e-6}"]).run
     assert (run.optimizer.learning_rate, run.optimizer.epsilon) == (1e-3, 1e-7)
     assert run.task.model.options == {"norm_eps": 2e-6}
+
+
+def test_no_is_a_word_and_true_is_no_word(tmp_path):
+    """In YAML 1.1, as many libraries read it, `no` is false."""
+    (tmp_path / "c.yaml").write_text(YAML + "train: {mixed_precision: no}\nexport: no\noverwrite: true\n")
+    run = load(tmp_path / "c.yaml", ["train.compile=false"]).run
+    assert (run.train.mixed_precision, run.export, run.overwrite, run.train.compile) == ("no", "no", True, False)
+    with pytest.raises(ConfigError, match="overwrite is 'yes', and must be true or false"):
+        load(tmp_path / "c.yaml", ["overwrite=yes"])
 
 
 def test_a_run_config_made_in_python_is_taken_as_it_is():

@@ -105,9 +105,9 @@ def test_it_says_what_train_would_do_with_what_is_in_the_folder(make_config, uni
     config = make_config(uninterrupted)
     assert check(config).standing == "the run there is finished, at step 12"
     assert check({**config, "overwrite": True}).standing.startswith("the finished run there is replaced")
-    longer = check(config, ["train.duration=20 steps"])
+    longer, last = check(config, ["train.duration=20 steps"]), RunDir(uninterrupted).checkpoint(12)
     assert messages(longer)[0].splitlines() == [
-        f"train.duration: '12 steps' -> '20 steps' changes how the run in {RunDir(uninterrupted).checkpoint(12)} goes on.",
+        f"train.duration: '12 steps' -> '20 steps' changes how the run in {last} goes on.",
         "Put the values back, or pass --accept-changes.",
     ]
     with RunLock(RunDir(uninterrupted)):

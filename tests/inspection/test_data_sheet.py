@@ -39,8 +39,8 @@ def test_below_a_tile_stand_its_file_its_class_and_its_caption(make_config, tmp_
 
 
 def test_an_image_that_will_be_skipped_says_why(tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
-    (tmp_path / "broken.png").write_bytes((tmp_path / "good.png").read_bytes()[:40])
+    Image.effect_noise((8, 8), 50).save(tmp_path / "good.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "good.png").read_bytes()[:-30])
     config = {"output": "x", "data": {"source": {"name": "folder", "root": str(tmp_path)}, "image_size": 8}}
     run = load(config).run
     samples = run.data.source.open()

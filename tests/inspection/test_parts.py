@@ -40,5 +40,5 @@ def test_a_part_whose_library_is_missing_says_how_to_install_it(monkeypatch):
 
 
 def test_an_unknown_table_is_told():
-    with pytest.raises(ConfigError, match="'sampler' is no table of parts. Did you mean 'samplers'?"):
+    with pytest.raises(ConfigError, match=r"'sampler' is no table of parts. Did you mean 'samplers'"):
         list_parts("sampler")

@@ -61,10 +61,9 @@ def test_the_examples_are_the_recipes():
     assert {path.stem: path.read_text() for path in EXAMPLES.glob("*.yaml")} == recipes()
 
 
-def test_each_recipe_begins_with_what_it_is_for_and_is_commented():
+def test_each_recipe_begins_with_what_it_is_for():
     for text in recipes().values():
         assert text.startswith("# ")
-        assert text.count("#") >= 2
         assert yaml.safe_load(text) == parse_yaml(text)  # the same to every reader of YAML
 
 

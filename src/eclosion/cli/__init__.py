@@ -10,11 +10,11 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from eclosion.errors import ConfigError, UserError
+from eclosion.errors import ConfigError, Interrupted, UserError
 
 __all__ = ["main"]
 
@@ -33,7 +33,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as train.batch_size=32 or data.crop=random.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-DEVICES = "auto, cpu, cuda or mps."
+Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 def main() -> None:
@@ -61,8 +61,9 @@ def _tell(error: UserError, debug: bool) -> None:
     if debug:
         traceback.print_exception(error)
     problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+    prefix = "" if isinstance(error, Interrupted) else "error: "
     for problem in [*problems, *getattr(error, "__notes__", [])]:
-        _to_stderr(f"error: {problem}")
+        _to_stderr(f"{prefix}{problem}")
 
 
 def _tell_bug(error: Exception, debug: bool) -> None:
@@ -182,7 +183,7 @@ def sample(
     guidance_scale: Annotated[float | None, typer.Option(help="How strongly images follow their class.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where images go; a folder inside the run's if not given.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images made at once.")] = 16,
-    device: Annotated[str, typer.Option(help=DEVICES)] = "auto",
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = "auto",
 ) -> None:
     """Make images with a trained run."""
     from eclosion.cli.terminal import sampling_bar
@@ -208,7 +209,7 @@ def sample(
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder, or one checkpoint in it.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    pipeline: Annotated[str, typer.Option(help="ddpm or ddim.")] = "ddpm",
+    pipeline: Annotated[Literal["ddpm", "ddim"], typer.Option(help="Which pipeline of diffusers.")] = "ddpm",
 ) -> None:
     """Write a diffusers pipeline, load it again and compare."""
     from eclosion.exporting import export

@@ -93,7 +93,9 @@ def read_file(path: Path) -> dict[str, Any]:
                 raise ConfigError(f"{path}: {other or 'no suffix'!r} is no kind of config. Use .yaml, .json or .toml.")
     except YAMLError as error:
         raise ConfigError(f"{path}: {yaml_problem(error)}") from error
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise ConfigError(f"{path}: is nested deeper than any config is.") from error
+    except ValueError as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds {type(tree).__name__}, and must hold a mapping of settings.")

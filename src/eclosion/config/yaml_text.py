@@ -1,4 +1,4 @@
-"""YAML as people write it in configs: 1e-3 is a number, no key stands twice, and nothing is built from names."""
+"""YAML as people write it in configs: 1e-3 is a number, no is a word, and no key stands twice."""
 
 import re
 from collections.abc import Hashable
@@ -34,7 +34,7 @@ class _Refused(yaml.MarkedYAMLError):
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, with the three differences above."""
+    """PyYAML's safe loader, which builds nothing from names, with those differences and without aliases."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -53,9 +53,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-# YAML 1.1, which PyYAML reads, takes 1e-3 for a text: it wants a dot in a number with an exponent.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+# PyYAML reads YAML 1.1, where `mixed_precision: no` is false, and 1e-3 is a text for want of a dot.
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(_FLOAT, re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789"))

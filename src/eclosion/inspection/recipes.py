@@ -31,12 +31,12 @@ def write_config(path: str | Path = "config.yaml", *, recipe: str = "folder") ->
         raise ConfigError(f"{recipe!r} is no recipe.{did_you_mean(recipe, known)}")
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"{path}: a recipe is YAML. Give a name that ends in .yaml.")
+    if path.exists():
+        raise ConfigError(f"{path} exists already, and is left as it is. Give another name.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
             file.write(known[recipe])
-    except FileExistsError as error:
-        raise ConfigError(f"{path} exists already, and is left as it is. Give another name.") from error
     except OSError as error:
         raise EnvironmentProblem(f"{path} cannot be written: {error.strerror}.") from error
     return path
