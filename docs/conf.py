@@ -23,7 +23,7 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"eclosion {release}"
 html_static_path: list[str] = ["_static"]
-html_css_files = ["pictures.css"]
+html_css_files = ["names.css"]
 html_theme_options = {"navigation_with_keys": True}
 
 # Docstrings write `name` for code, as everywhere.

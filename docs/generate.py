@@ -17,7 +17,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -160,8 +160,9 @@ def _command(name: str, command: Any) -> str:
     options = [p for p in command.params if p.param_type_name == "option"]
     words = [_argument(p) if p.required else f"[{_argument(p)}]" for p in arguments]
     usage = " ".join(["eclosion", name, *(["[OPTIONS]"] if options else []), *words])
-    entries = [f"`{_argument(p)}`\n: {p.help}{_default(p)}\n" for p in arguments]
-    entries += [f"{', '.join(f'`{o}`' for o in p.opts + p.secondary_opts)}\n: {p.help}{_default(p)}\n" for p in options]
+    types = get_type_hints(inspect.unwrap(command.callback))
+    entries = [f"`{_argument(p)}`\n: {_meaning(p, types)}\n" for p in arguments]
+    entries += [f"{', '.join(f'`{o}`' for o in p.opts + p.secondary_opts)}\n: {_meaning(p, types)}\n" for p in options]
     text = " ".join(inspect.cleandoc(command.help or "").split())
     return "\n\n".join([f"## {name}", text, f"```text\n{usage}\n```", "\n".join(entries)])
 
@@ -170,10 +171,15 @@ def _argument(parameter: Any) -> str:
     return str(parameter.metavar or parameter.name.upper()) + ("..." if parameter.nargs == -1 else "")
 
 
-def _default(parameter: Any) -> str:
-    value = parameter.default
-    plain = isinstance(value, int | float | str | Path) and not isinstance(value, bool)
-    return f" Default: `{value}`." if plain and not parameter.required else ""
+def _meaning(parameter: Any, types: dict[str, Any]) -> str:
+    """The help of an argument or option, then what it may be if that is a choice, then its default."""
+    words = [parameter.help]
+    if get_origin(types[parameter.name]) is Literal:
+        words.append(f"One of {', '.join(f'`{choice}`' for choice in get_args(types[parameter.name]))}.")
+    default = parameter.default
+    if isinstance(default, int | float | str | Path) and not isinstance(default, bool) and not parameter.required:
+        words.append(f"Default: `{default}`.")
+    return " ".join(words)
 
 
 # --- the rest --------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ class TutorialConfig:
     hub_model_id: str | None = None
     # Accepted; nothing is uploaded yet.
     hub_private_repo: bool | None = None
-    # Whether a finished run in output_dir is replaced.
+    # Whether a finished or different run in output_dir is replaced; an unfinished run of this config goes on.
     overwrite_output_dir: bool = True
     # Everything random in a run follows from this number.
     seed: Annotated[int, Field(ge=0)] = 0
