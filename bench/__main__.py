@@ -83,4 +83,5 @@ def _told(row: Row) -> str:
     return f"{row.row}  {row.case}, {row.comparison}: {result}, {row.verdict}; load {load_average():.2f}"
 
 
-main()
+if __name__ == "__main__":
+    main()

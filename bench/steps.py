@@ -53,7 +53,12 @@ PLANS = {
     "28 M": Plan(COMPUTE_BOUND, rounds=9, warmups=2, steps=1, log_every=1, num_pictures=8),
     "quick": Plan(SMOKE, rounds=2, warmups=1, steps=2, log_every=2, num_pictures=4),
 }
-OVERHEAD_GOALS = {"tiny": Goal(0.20, 0.14), "28 M": Goal(0.05, 0.04)}
+# The compute-bound goal is stated for fp32: in bf16 the same work beside it weighs more, because the network is faster.
+OVERHEAD_GOALS = {
+    ("tiny", "no"): Goal(0.20, 0.14),
+    ("tiny", "auto"): Goal(0.20, 0.14),
+    ("28 M", "no"): Goal(0.05, 0.04),
+}
 SPEED_GOALS = {
     ("tiny", "same"): Goal(1.4, 1.6, lower_is_better=False),
     ("28 M", "same"): Goal(1.05, 1.08, lower_is_better=False),
@@ -66,7 +71,8 @@ def overhead(*, quick: bool) -> Iterator[Row]:
     for name in ["quick"] if quick else ["tiny", "28 M"]:
         for precision, comparison in [("no", "same dtype, fp32"), ("auto", "same dtype, our default precision")]:
             num_threads = 0 if precision == "no" else None
-            yield _overhead(PLANS[name], precision, num_threads, comparison, OVERHEAD_GOALS.get(name), quick)
+            goal = OVERHEAD_GOALS.get((name, precision))
+            yield _overhead(PLANS[name], precision, num_threads, comparison, goal, quick)
 
 
 def _overhead(

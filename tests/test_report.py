@@ -162,7 +162,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def test_a_finished_run_is_told_with_its_name_state_and_first_numbers(run: RunDir) -> None:
-    path = write_report(run)
+    path = write_report(run.root)
     page = Page(path)
     assert path == run.report
     assert page.texts("title") == ["wings · finished at step 200 · eclosion"]
@@ -174,7 +174,7 @@ def test_a_finished_run_is_told_with_its_name_state_and_first_numbers(run: RunDi
 def test_a_run_under_way_says_how_far_it_is(run: RunDir) -> None:
     lines(run.events, [{"event": "training from scratch, 200 steps"}])
     run.config.write_text(json.dumps(CONFIG | {"train": {"duration": "32 epochs", "batch_size": 8}}))
-    page = Page(write_report(run))
+    page = Page(write_report(run.root))
     assert page.texts("title") == ["wings · step 200 of 1,024 · eclosion"]  # 32 * 256 / 8
     assert page.texts("span", "badge") == ["not finished"]
     assert float(page.attributes("progress")[0]["value"] or "") == pytest.approx(200 / 1024, abs=1e-4)
@@ -183,14 +183,14 @@ def test_a_run_under_way_says_how_far_it_is(run: RunDir) -> None:
 def test_a_duration_in_epochs_stands_as_given_while_nothing_says_how_long_an_epoch_is(tmp_path: Path) -> None:
     folder = RunDir(tmp_path)
     folder.config.write_text(json.dumps(CONFIG | {"train": {"duration": "32 epochs", "batch_size": 8}}))
-    page = Page(write_report(folder))
+    page = Page(write_report(folder.root))
     assert "step 0 of 32 epochs" in page.text
     assert not page.attributes("progress")
 
 
 def test_every_metric_has_a_curve_known_ones_first_and_counters_none(run: RunDir) -> None:
     lines(run.metrics, [numbers(s) | {"eval/fid": 30.0, "another": 1} for s in (10, 20)])
-    titles = Page(write_report(run)).texts("h3")
+    titles = Page(write_report(run.root)).texts("h3")
     assert titles == [
         "Samples",
         "Loss",
@@ -206,11 +206,11 @@ def test_every_metric_has_a_curve_known_ones_first_and_counters_none(run: RunDir
 
 def test_each_network_of_a_cascade_has_its_curves(run: RunDir) -> None:
     lines(run.metrics, [{"step": s, "train/loss/unet_0": 0.2, "train/loss/unet_1": 0.3} for s in (1, 2)])
-    assert Page(write_report(run)).texts("h3") == ["Samples", "Loss, unet_0", "Loss, unet_1"]
+    assert Page(write_report(run.root)).texts("h3") == ["Samples", "Loss, unet_0", "Loss, unet_1"]
 
 
 def test_the_loss_has_a_faint_raw_line_a_strong_mean_and_a_logarithmic_twin(run: RunDir) -> None:
-    page = Page(write_report(run))
+    page = Page(write_report(run.root))
     assert len(page.attributes("svg", "log")) == 1
     raw = page.attributes("path", "raw")[0]["d"] or ""
     assert raw.count("L") == 99  # 100 values, one line
@@ -224,18 +224,18 @@ def test_the_loss_has_a_faint_raw_line_a_strong_mean_and_a_logarithmic_twin(run:
 
 def test_a_loss_that_is_not_positive_everywhere_has_no_logarithmic_scale(run: RunDir) -> None:
     lines(run.metrics, [{"step": 1, "train/loss": 1.0}, {"step": 2, "train/loss": 0.0}])
-    assert not Page(write_report(run)).attributes("svg", "log")
+    assert not Page(write_report(run.root)).attributes("svg", "log")
 
 
 def test_skipped_samples_are_counted_by_reason_and_named(run: RunDir) -> None:
-    page = Page(write_report(run))
+    page = Page(write_report(run.root))
     assert "2 finished epochs: 511 images delivered, 1 skipped." in page.text
     assert page.texts("summary") == ["truncated 1"]
     assert page.texts("details") == ["truncated 1wings/red.jpg truncated"]
 
 
 def test_environment_events_checkpoints_and_config_are_listed(run: RunDir) -> None:
-    page = Page(write_report(run))
+    page = Page(write_report(run.root))
     environment = page.texts("dl", "pairs")[0]
     assert "num threads7" in environment  # of the last start, not the first
     assert "torch2.15.0" in environment
@@ -260,7 +260,7 @@ def test_environment_events_checkpoints_and_config_are_listed(run: RunDir) -> No
 
 
 def test_grids_stand_in_the_page_as_they_are_and_the_last_is_shown(run: RunDir) -> None:
-    page = Page(write_report(run))
+    page = Page(write_report(run.root))
     pictures = page.attributes("img")
     assert [picture["alt"] for picture in pictures] == [
         f"Grid of images sampled after {step} steps" for step in (0, 100, 200)
@@ -286,7 +286,7 @@ def test_large_grids_are_compressed_so_that_the_page_stays_below_ten_megabytes(r
     Image.fromarray(noise).save(run.sample_grid(300), compress_level=1)
     for step in range(301, 330):
         shutil.copy(run.sample_grid(300), run.sample_grid(step))
-    page = Page(write_report(run))
+    page = Page(write_report(run.root))
     assert len(page.attributes("img")) == MAX_GRIDS
     assert MAX_GRIDS * run.sample_grid(300).stat().st_size > 14e6  # what they would have taken
     assert run.report.stat().st_size < 10e6
@@ -304,7 +304,7 @@ def test_a_damaged_grid_is_named_and_the_others_are_shown(run: RunDir) -> None:
     bomb = whole[:8] + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head)) + whole[33:]
     run.sample_grid(150).write_bytes(bomb)
     run.sample_grid(160).mkdir()
-    page = Page(write_report(run))
+    page = Page(write_report(run.root))
     names = ", ".join(f"step-{step:08d}.png" for step in range(110, 170, 10))
     assert f"Cannot be read: {names}." in page.text
     assert len(page.attributes("img")) == 3
@@ -314,7 +314,7 @@ def test_a_damaged_grid_is_named_and_the_others_are_shown(run: RunDir) -> None:
 
 
 def test_the_page_loads_nothing_and_its_policy_allows_its_own_style_and_script_only(run: RunDir) -> None:
-    page = Page(write_report(run))
+    page = Page(write_report(run.root))
     for tag, attributes in page.elements:
         assert "style" not in attributes, tag
         assert not [name for name in attributes if name.startswith("on")], tag
@@ -338,7 +338,7 @@ SHOWN = (
 
 
 def test_hostile_text_is_shown_and_never_obeyed(run: RunDir) -> None:
-    before = Page(write_report(run))
+    before = Page(write_report(run.root))
     run.config.write_text(json.dumps(CONFIG | {EVIL: {EVIL: EVIL}, "task": {"name": EVIL}}))
     lines(run.metrics, [numbers(s) | {EVIL: 1.0, f"train/loss/{EVIL}": 1.0} for s in (1, 2)])
     lines(run.events, [{"event": EVIL, EVIL: EVIL, "environment": {"device": EVIL, EVIL: EVIL}}])
@@ -347,7 +347,7 @@ def test_hostile_text_is_shown_and_never_obeyed(run: RunDir) -> None:
     (run.checkpoint(200) / "manifest.json").write_text(
         json.dumps({"files": {EVIL: {"size": EVIL}}, "meta": {"fingerprint": EVIL}})
     )
-    page = Page(write_report(run))
+    page = Page(write_report(run.root))
     for tag in ("script", "style", "img", "link", "meta", "a"):
         assert len(page.attributes(tag)) == len(before.attributes(tag)), tag
     assert {tag for tag, _ in page.elements} <= {tag for tag, _ in before.elements}
@@ -359,7 +359,7 @@ def test_hostile_text_is_shown_and_never_obeyed(run: RunDir) -> None:
 def test_a_hostile_folder_name_is_only_a_name(tmp_path: Path) -> None:
     folder = RunDir(tmp_path / "<b onclick=x>&amp;\x07")
     folder.root.mkdir()
-    page = Page(write_report(folder))
+    page = Page(write_report(folder.root))
     assert page.texts("h1") == ["<b onclick=x>&amp;\\x07"]
     assert not page.attributes("b")
 
@@ -368,7 +368,7 @@ def test_a_hostile_folder_name_is_only_a_name(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_has_a_page_that_says_so(tmp_path: Path) -> None:
-    page = Page(write_report(RunDir(tmp_path)))
+    page = Page(write_report(tmp_path))
     assert page.texts("span", "badge") == ["not finished"]
     for said in ("No sample grid yet.", "No value yet.", "No epoch is finished yet.", "No checkpoint yet."):
         assert said in page.text
@@ -380,7 +380,7 @@ def test_an_empty_folder_has_a_page_that_says_so(tmp_path: Path) -> None:
 def test_files_without_sense_are_noted_and_do_not_stop_the_page(run: RunDir, content: bytes) -> None:
     for path in (run.config, run.metrics, run.ledger, run.events, run.checkpoint(100) / "manifest.json"):
         path.write_bytes(content)
-    page = Page(write_report(run))
+    page = Page(write_report(run.root))
     assert len(page.attributes("img")) == 3
     if content.strip():
         assert "metrics.jsonl: 1 line could not be read." in page.text
@@ -388,10 +388,10 @@ def test_files_without_sense_are_noted_and_do_not_stop_the_page(run: RunDir, con
 
 
 def test_a_torn_last_line_costs_that_line_only(run: RunDir) -> None:
-    whole = Page(write_report(run)).points("Loss")
+    whole = Page(write_report(run.root)).points("Loss")
     for path in (run.metrics, run.ledger, run.events):
         path.write_bytes(path.read_bytes() + b'{"step": 202, "samples_s')
-    page = Page(write_report(run))
+    page = Page(write_report(run.root))
     assert page.points("Loss") == whole
     assert page.text.count("1 line could not be read.") == 3
 
@@ -402,7 +402,7 @@ def test_values_that_are_not_finite_break_the_line_and_are_told(run: RunDir) -> 
         run.metrics,
         [{"step": s, "train/loss": v} for s, v in enumerate(values, 1)] + [{"step": 10, "train/loss": 10**400}],
     )
-    page = Page(write_report(run))
+    page = Page(write_report(run.root))
     path = page.attributes("path", "mean")[0]["d"] or ""
     assert path.count("M") == 4
     assert path.count("h0") == 3  # values alone between gaps are dots
@@ -413,12 +413,12 @@ def test_values_that_are_not_finite_break_the_line_and_are_told(run: RunDir) -> 
 
 def test_a_curve_without_any_finite_value_says_so(run: RunDir) -> None:
     lines(run.metrics, [{"step": 1, "train/loss": math.nan}])
-    assert "No finite value yet." in Page(write_report(run)).text
+    assert "No finite value yet." in Page(write_report(run.root)).text
 
 
 def test_a_single_point_is_a_dot(run: RunDir) -> None:
     lines(run.metrics, [{"step": 5, "train/loss": 0.5}])
-    page = Page(write_report(run))
+    page = Page(write_report(run.root))
     assert len(page.attributes("circle", "dot")) == 2  # linear and logarithmic
     assert page.points("Loss")[0][2:] == [5, "0.5"]
 
@@ -426,7 +426,7 @@ def test_a_single_point_is_a_dot(run: RunDir) -> None:
 def test_thousands_of_lines_become_a_few_hundred_points_with_every_spike(run: RunDir) -> None:
     spikes = {1234, 7777, 12001}
     lines(run.metrics, ({"step": s, "train/loss": 9.25 + s / 1e5 if s in spikes else 0.5} for s in range(1, 20_001)))
-    page = Page(write_report(run))
+    page = Page(write_report(run.root))
     points = page.points("Loss")
     assert len(points) <= MAX_POINTS
     assert (points[0][2], points[-1][2]) == (1, 20_000)
@@ -438,7 +438,7 @@ def test_a_page_that_cannot_be_written_is_one_line_and_leaves_nothing_behind(run
     run.report.mkdir()
     before = sorted(run.root.iterdir())
     with pytest.raises(EnvironmentProblem, match=r"report\.html: cannot be written .*Make room") as caught:
-        write_report(run)
+        write_report(run.root)
     assert "\n" not in str(caught.value)
     assert sorted(run.root.iterdir()) == before
     with pytest.raises(EnvironmentProblem, match="No such file"):
@@ -473,7 +473,7 @@ def test_whatever_json_the_files_hold_the_page_is_whole(
     (folder.checkpoint(1) / "manifest.json").write_text(json.dumps(manifest))
     for path in (folder.metrics, folder.ledger, folder.events):
         lines(path, records)
-    page = Page(write_report(folder))
+    page = Page(write_report(folder.root))
     assert len(page.texts("h2")) == 7
     assert not re.search("nan|inf", "".join(path["d"] or "" for path in page.attributes("path")))
 
@@ -583,7 +583,7 @@ def luminance(colour: str) -> float:
 
 
 def test_text_has_the_contrast_that_wcag_wants_in_light_and_dark(run: RunDir) -> None:
-    css = Page(write_report(run)).texts("style")[0]
+    css = Page(write_report(run.root)).texts("style")[0]
     light, dark = (
         dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block)) for block in re.findall(r":root \{(.*?)\}", css)
     )
@@ -595,7 +595,7 @@ def test_text_has_the_contrast_that_wcag_wants_in_light_and_dark(run: RunDir) ->
 
 
 def test_landmarks_headings_and_names_are_there_for_a_screen_reader(run: RunDir) -> None:
-    page = Page(write_report(run))
+    page = Page(write_report(run.root))
     for landmark in ("header", "nav", "main", "footer", "h1"):
         assert len(page.attributes(landmark)) == 1, landmark
     ids = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
@@ -621,7 +621,7 @@ def test_a_browser_shows_it_without_a_complaint_or_a_request(run: RunDir) -> Non
     chromium = shutil.which("chromium") or "/usr/bin/chromium"
     if not Path(chromium).exists():
         pytest.skip("there is no Chromium here: apt-get install chromium")
-    path = write_report(run)
+    path = write_report(run.root)
     complaints: list[str] = []
     requests: list[str] = []
     with playwright.sync_playwright() as p:

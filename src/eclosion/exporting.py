@@ -3,7 +3,8 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ def _pipeline(task: Task, kind: str) -> Any:
 
 def _compare(wanted: Any, folder: Path) -> None:
     """The pipeline on disk must be the one in memory: same weights, same noise levels, same output."""
-    found = type(wanted).from_pretrained(folder)
+    with _quiet():
+        found = type(wanted).from_pretrained(folder, low_cpu_mem_usage=False)
     ours, theirs = wanted.unet.state_dict(), found.unet.state_dict()
     same = ours.keys() == theirs.keys() and all(torch.equal(ours[k].cpu(), theirs[k].cpu()) for k in ours)
     same = same and torch.equal(wanted.scheduler.alphas_cumprod, found.scheduler.alphas_cumprod)
@@ -91,6 +93,20 @@ def _compare(wanted: Any, folder: Path) -> None:
         raise EnvironmentProblem(
             f"{folder}: the pipeline does not load as the network that was written. Check the disk."
         )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's own progress bar: ours are enough."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _probe(unet: Any) -> tuple[torch.Tensor, torch.Tensor]:

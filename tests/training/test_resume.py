@@ -139,6 +139,9 @@ def test_another_runs_checkpoint_can_be_the_start(make_config, uninterrupted, re
     start = uninterrupted / "checkpoints" / "step-00000009"
     train(make_config(tmp_path / "branch"), resume=str(start))
     assert results(tmp_path / "branch")["hashes"] == results(uninterrupted)["hashes"]
+    train(make_config(tmp_path / "branch"), resume=str(start))  # the same command again goes on
+    with pytest.raises(ConfigError, match="already holds a run at step-00000012"):
+        train(make_config(tmp_path / "branch"), resume=str(uninterrupted / "checkpoints" / "step-00000012"))
 
 
 def test_a_damaged_last_checkpoint_is_passed_over_in_one_line(make_config, uninterrupted, results, tmp_path):

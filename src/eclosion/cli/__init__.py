@@ -4,6 +4,7 @@ Only the command that runs imports what it needs, so that `eclosion --help` cost
 """
 
 import json
+import os
 import sys
 import traceback
 import warnings
@@ -168,7 +169,9 @@ def train(
     """Train, or go on where the run stands. Ctrl-C saves and stops; a second one stops at once."""
     from eclosion.training.run import train
 
-    print(f"Run folder: {train(config, overrides or [], resume=resume, accept_changes=accept_changes)}")
+    folder = train(config, overrides or [], resume=resume, accept_changes=accept_changes)
+    if os.environ.get("RANK", "0") == "0":  # once, not by every process of torchrun
+        print(f"Run folder: {folder}")
 
 
 @app.command()
@@ -286,4 +289,4 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     folder = RunDir(run)
     if not folder.config.is_file():
         raise ConfigError(f"{run} is no run folder: it has no {folder.config.name}. `eclosion runs` lists runs.")
-    print(f"Wrote {write_report(folder)}")
+    print(f"Wrote {write_report(run)}")

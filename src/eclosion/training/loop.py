@@ -123,7 +123,7 @@ def preview(c: Context, stop: StopSignals) -> None:
             path = save_png(grid(images), c.folder.sample_grid(state.step))
             c.tracker.log_image(path, step=state.step)
     if c.world.leads:
-        write_report(c.folder)
+        write_report(c.folder.root)
 
 
 class Clock:

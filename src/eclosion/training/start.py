@@ -128,7 +128,7 @@ class Context:
             export_task(trained.task, self.run, self.meta, self.state.step, self.folder.root)
             self.tracker.say(f"pipeline written to {self.folder.root}")
         self.tracker.say("finished", step=self.state.step)
-        write_report(self.folder)
+        write_report(self.folder.root)
 
 
 @contextmanager
@@ -181,7 +181,7 @@ def start(
             for name, net in task.nets.items()
         }
         state = TrainState(stages, num_steps, run.train.batch_size)
-        meta = _meta(run, samples, facts, device, precision, world)
+        meta = _meta(run, samples, facts, device, precision, world) | {"started_from": _origin(loaded, found, folder)}
         tracker = Tracker(folder, [part.open() for part in run.track.log], dump(run), num_steps=num_steps)
         if loaded:
             _check_data(loaded, meta, found)
@@ -226,6 +226,8 @@ def _find(
     own = store.latest() if resume != "never" else next(iter(store.folders()), None)
     if own is not None:
         if resume not in ("auto", "never"):
+            if store.load(own).manifest.meta["started_from"] == str(Path(resume).resolve()):
+                return _find(run, folder, store, num_steps, "auto", accept)  # the same command again
             raise ConfigError(
                 f"{folder.root} already holds a run at {own.name}, and {resume} is another. "
                 "Choose another output folder."
@@ -252,6 +254,15 @@ def _find(
     before = store.load(Path(resume))
     changes = compare(before.manifest.meta["config"], dump(run), accept=accept, where=resume)
     return Path(resume), [str(change) for change in changes]
+
+
+def _origin(loaded: Loaded | None, found: Path | None, folder: RunDir) -> str | None:
+    """The checkpoint of another run that this one began with, if any."""
+    if loaded is None or found is None:
+        return None
+    if found.resolve().is_relative_to(folder.root.resolve()):
+        return loaded.manifest.meta["started_from"]  # type: ignore[no-any-return]
+    return str(found.resolve())
 
 
 def _clear(folder: RunDir) -> None:
