@@ -37,7 +37,7 @@ def demo(output: str | Path = "eclosion-demo", *, steps: int | None = None) -> P
         steps: optimizer steps; none takes the recipe's, about three minutes on two cores.
 
     Returns:
-        The picture: what the network made above, real images below.
+        The picture, with what the network made above and real images below.
 
     Raises:
         ConfigError: if the folder holds another run, or steps is less than 1.
