@@ -18,7 +18,7 @@ from eclosion.checkpoint.storage import Loaded
 from eclosion.checkpoint.store import CheckpointStore
 from eclosion.config.load import load as load_config
 from eclosion.training.distributed import World
-from eclosion.training.loop import draw
+from eclosion.training.drawing import draw
 from eclosion.training.signals import StopSignals
 from eclosion.training.start import Context, start
 
@@ -96,7 +96,7 @@ def _train_one(context: Context, batches: Any) -> float:
     stage = state.trained[0]
     batch = batches[0]
     drawn = draw(context.task, stage.name, batch, context.run.seed, state.step, 0, 0)
-    stage.accumulate(context.task.loss(stage.name, batch, drawn), batch.weight, last=True)
+    stage.accumulate(context.task.loss(stage.name, batch, drawn), batch.weight)
     stage.update(state.step, state.num_steps)
     state.advance()
     context.account(batches)

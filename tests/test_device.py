@@ -42,7 +42,7 @@ def test_networks_compute_in_the_precision(precision, dtype):
 
 def test_the_environment_names_what_decides_the_bits():
     found = environment(CPU)
-    assert set(found) == {"device", "num_threads", "python", "packages"}
+    assert set(found) == {"device", "cuda", "cudnn", "num_threads", "python", "packages"}
     assert found["packages"]["torch"] == torch.__version__.split("+")[0]
     assert found["num_threads"] == torch.get_num_threads()
 

@@ -1,5 +1,7 @@
 """From a run folder to images on disk."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -91,3 +93,20 @@ def test_a_grid_shows_its_images_in_order():
     sheet = np.asarray(grid(images, columns=2, scale=1))
     assert sheet.shape == (2 + 2 * 10, 2 + 2 * 10, 3)
     assert [int(sheet[y, x, 0]) for y, x in ((6, 6), (6, 16), (16, 6), (16, 16))] == [10, 20, 30, 255]
+
+
+def test_a_checkpoint_sampled_by_name_keeps_its_folder_clean(uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    folder = sample(run / "checkpoints" / "step-00000009", num_images=1)
+    assert folder == run / "samples" / "step-00000009-seed-0"
+    assert not (run / "checkpoints" / "step-00000009" / "samples").exists()
+
+
+def test_a_checkpoint_alone_is_enough_to_sample(uninterrupted, tmp_path):
+    """Its manifest holds the config, so nothing beside it is needed."""
+    alone = tmp_path / "somewhere" / "else"
+    shutil.copytree(uninterrupted / "checkpoints" / "step-00000012", alone)
+    a = sample(alone, num_images=1, out=tmp_path / "a")
+    b = sample(uninterrupted, num_images=1, out=tmp_path / "b")
+    assert np.array_equal(pixels(a, 1), pixels(b, 1))

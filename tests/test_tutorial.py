@@ -94,7 +94,7 @@ def test_without_a_data_set_it_says_which_setting_is_missing(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_tutorials_own_network_trains_at_32_pixels(tmp_path):
-    # float32: no CPU has float16 in hardware, and emulated it takes ten times as long
+    # float32: float16 is emulated on a CPU, at more than six times the cost
     config = tutorial_config(tmp_path, image_size=32, train_batch_size=2, eval_batch_size=1, push_to_hub=False)
     config.mixed_precision = "no"
     folder = eclosion.train(config)

@@ -62,7 +62,9 @@ def environment(device: torch.device) -> dict[str, Any]:
     """What decides the bits of a run besides its config: recorded, and compared on resume."""
     packages = ("eclosion", "torch", "diffusers", "numpy", "pillow")
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {_cpu_name()}",
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,  # type: ignore[no-untyped-call]
         "num_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages},

@@ -2,22 +2,25 @@
 
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eclosion.config.schema import RunConfig
 from eclosion.errors import ConfigError, EnvironmentProblem
 from eclosion.registry import dump
 from eclosion.rng import generator, randn
-from eclosion.sampling import load_trained
+from eclosion.sampling import TrainedTask, load_trained
 from eclosion.tasks.task import Task
 
-__all__ = ["export", "export_task"]
+__all__ = ["clean_exports", "export", "export_trained"]
+
+ASIDE = ".export-"
+# The file that makes a folder a pipeline.
+INDEX = "model_index.json"
 
 
 def export(run: str | Path, out: str | Path, *, pipeline: str = "ddpm") -> Path:
@@ -40,27 +43,37 @@ def export(run: str | Path, out: str | Path, *, pipeline: str = "ddpm") -> Path:
     target = Path(out)
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"{target} is not empty. Choose a new folder for the pipeline.")
-    trained = load_trained(run, device="cpu")
-    return export_task(trained.task, trained.run, trained.manifest, trained.step, target, pipeline=pipeline)
+    return export_trained(load_trained(run, device="cpu"), target, pipeline=pipeline)
 
 
-def export_task(
-    task: Task, run: RunConfig, meta: Mapping[str, Any], step: int, target: Path, *, pipeline: str | None = None
-) -> Path:
-    """Write a task's networks as a pipeline folder; it appears when it has been loaded again and compared."""
-    kind = pipeline or run.export
-    wanted = _pipeline(task, kind)
+def export_trained(trained: TrainedTask, target: Path, *, pipeline: str) -> Path:
+    """Write a trained task as a pipeline folder.
+
+    It is written aside, loaded again and compared; then its files move into `target`, the one that makes it a
+    pipeline last, so that a kill leaves no half of one.
+    """
+    wanted = _pipeline(trained.task, pipeline)
     target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=target) as aside:
+    aside = target / f"{ASIDE}{uuid.uuid4().hex}"
+    try:
         wanted.save_pretrained(aside, safe_serialization=True)
-        (Path(aside) / "README.md").write_text(_card(type(wanted).__name__, run, meta, step), encoding="utf-8")
-        _compare(wanted, Path(aside))
-        for path in Path(aside).iterdir():
+        (aside / "README.md").write_text(_card(type(wanted).__name__, trained), encoding="utf-8")
+        _compare(wanted, aside)
+        (target / INDEX).unlink(missing_ok=True)
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == INDEX):
             old = target / path.name
             if old.is_dir():
                 shutil.rmtree(old)
             path.replace(old)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return target
+
+
+def clean_exports(folder: Path) -> None:
+    """Remove what a killed export left behind. Only under the run's lock."""
+    for path in folder.glob(f"{ASIDE}*"):
+        shutil.rmtree(path)
 
 
 def _pipeline(task: Task, kind: str) -> Any:
@@ -116,17 +129,17 @@ def _probe(unet: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.tensor([1])
 
 
-def _card(kind: str, run: RunConfig, meta: Mapping[str, Any], step: int) -> str:
+def _card(kind: str, trained: TrainedTask) -> str:
     """The model card: what it is, how to use it, what it was made from."""
-    config = json.dumps(dump(run), indent=2)
-    environment = json.dumps(meta["environment"], indent=2)
+    config = json.dumps(dump(trained.run), indent=2)
+    environment = json.dumps(trained.meta["environment"], indent=2)
     return f"""---
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
 tags: [diffusion, eclosion]
 ---
 
-# {Path(run.output).name}
+# {trained.folder.root.name}
 
 An image diffusion model trained from scratch with eclosion.
 
@@ -138,10 +151,10 @@ image = {kind}.from_pretrained("path/to/this/folder")().images[0]
 
 | | |
 |---|---|
-| optimizer steps | {step} |
-| images seen | {step * run.train.batch_size} |
-| images in the data set | {meta["facts"]["num_samples"]} |
-| fingerprint of the data | `{meta["fingerprint"]}` |
+| optimizer steps | {trained.step} |
+| images seen | {trained.samples_seen} |
+| images in the data set | {trained.meta["facts"]["num_samples"]} |
+| fingerprint of the data | `{trained.meta["fingerprint"]}` |
 
 ## Config
 

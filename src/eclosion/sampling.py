@@ -1,6 +1,7 @@
 """From a task, or from a run folder, to images on disk."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from eclosion.checkpoint.store import CheckpointStore
-from eclosion.config.load import read_file, validate
+from eclosion.config.load import validate
 from eclosion.config.schema import RunConfig
 from eclosion.device import autocast, pick_device, pick_precision
 from eclosion.diffusion.samplers import OnStep
@@ -93,15 +94,18 @@ class TrainedTask:
     Attributes:
         task: on the device, in eval mode.
         run: the config it was trained with.
-        step: optimizer updates behind it.
-        manifest: what the checkpoint says of itself: hashes, versions, data.
+        folder: the run folder that holds its checkpoint.
+        step, samples_seen: optimizer updates and images behind it.
+        meta: what the checkpoint says of itself: config, versions, data.
         device, precision: where and how it samples.
     """
 
     task: Task
     run: RunConfig
+    folder: RunDir
     step: int
-    manifest: Mapping[str, Any]
+    samples_seen: int
+    meta: Mapping[str, Any]
     device: torch.device
     precision: Any
 
@@ -119,9 +123,11 @@ def load_trained(folder: str | Path, *, device: str = "auto") -> TrainedTask:
     found = one or store.latest()
     if found is None:
         raise CheckpointError(f"{path}: holds no checkpoint. Give the folder of a run that has trained.")
+    for warning in store.warnings:
+        warnings.warn(warning, stacklevel=3)
     loaded = store.load(found)
-    run = validate(read_file(root.config))
-    facts = loaded.manifest.meta["facts"]
+    meta, state = loaded.manifest.meta, loaded.state
+    run, facts = validate(meta["config"]), meta["facts"]
     task = run.task.build(DataFacts(size=run.data.size, class_names=tuple(facts["class_names"])))
     where = pick_device(device)
     nets = {}
@@ -129,7 +135,7 @@ def load_trained(folder: str | Path, *, device: str = "auto") -> TrainedTask:
         net.load_state_dict(loaded.files[f"{name}.ema"] if f"{name}.ema" in loaded.files else loaded.files[name])
         nets[name] = net.to(where).eval().requires_grad_(False)
     precision = pick_precision(run.train.mixed_precision, where)
-    return TrainedTask(task.with_nets(nets), run, loaded.state["step"], loaded.manifest.meta, where, precision)
+    return TrainedTask(task.with_nets(nets), run, root, state["step"], state["samples_seen"], meta, where, precision)
 
 
 def sample(
@@ -180,7 +186,7 @@ def sample(
         precision=trained.precision,
         on_step=on_step,
     )
-    target = Path(out) if out else RunDir(Path(folder)).samples / f"step-{trained.step:08d}-seed-{seed}"
+    target = Path(out) if out else trained.folder.samples / f"step-{trained.step:08d}-seed-{seed}"
     for i, pixels in enumerate(images):
         save_png(Image.fromarray(pixels), target / f"{i:06d}.png")
     save_png(grid(images), target / "grid.png")

@@ -2,12 +2,18 @@
 
 import pytest
 
-from eclosion.config.changes import compare, kind_of
+from eclosion.config.changes import compare, kind_of, refuse
 from eclosion.config.load import leaves, load
 from eclosion.errors import ConfigError
 from eclosion.registry import dump
 
 BEFORE = dump(load({"output": "run", "data": {"source": "butterflies"}}).run)
+
+
+def compared(before, now, *, accept, where):
+    changes = compare(before, now)
+    refuse(changes, accept=accept, where=where)
+    return [change for change in changes if change.kind == "schedule"]
 
 
 def after(*overrides):
@@ -36,12 +42,12 @@ def test_every_key_of_a_config_is_in_one_class_and_what_shapes_the_images_is_ide
 
 
 def test_free_keys_may_change_without_a_word():
-    assert compare(BEFORE, after("train.micro_batch_size=4", "sample.num_images=1"), accept=False, where="x") == []
+    assert compared(BEFORE, after("train.micro_batch_size=4", "sample.num_images=1"), accept=False, where="x") == []
 
 
 def test_a_changed_identity_key_is_refused_with_both_values_whatever_is_accepted():
     with pytest.raises(ConfigError) as error:
-        compare(BEFORE, after("seed=1", "data.image_size=32"), accept=True, where="runs/a/step-00000010")
+        compared(BEFORE, after("seed=1", "data.image_size=32"), accept=True, where="runs/a/step-00000010")
     assert error.value.problems == [
         "data.image_size: 64 -> 32 would make it another run than the one in runs/a/step-00000010.",
         "seed: 0 -> 1 would make it another run than the one in runs/a/step-00000010.",
@@ -52,15 +58,23 @@ def test_a_changed_identity_key_is_refused_with_both_values_whatever_is_accepted
 def test_a_changed_schedule_key_needs_the_users_word_and_is_recorded():
     now = after("train.duration=5 steps")
     with pytest.raises(ConfigError) as error:
-        compare(BEFORE, now, accept=False, where="x")
+        compared(BEFORE, now, accept=False, where="x")
     assert error.value.problems == [
         "train.duration: '100 epochs' -> '5 steps' changes how the run in x goes on.",
         "Put the values back, or pass --accept-changes.",
     ]
-    (change,) = compare(BEFORE, now, accept=True, where="x")
+    (change,) = compared(BEFORE, now, accept=True, where="x")
     assert (change.path, change.before, change.after) == ("train.duration", "100 epochs", "5 steps")
 
 
 def test_a_key_that_nobody_classified_is_an_identity_key():
     assert kind_of("data.new_option") == "identity"
     assert kind_of("training.duration") == "identity"
+
+
+def test_a_free_key_that_changes_the_last_bits_is_known_as_one():
+    changes = compare(BEFORE, after("train.micro_batch_size=4", "data.num_threads=1"))
+    assert [(change.path, change.rounds) for change in changes] == [
+        ("data.num_threads", False),
+        ("train.micro_batch_size", True),
+    ]

@@ -43,13 +43,13 @@ def test_a_run_is_running_while_its_lock_is_held_and_looking_does_not_take_it(tm
         pass
 
 
-def test_a_run_whose_last_word_is_a_traceback_has_failed(tmp_path):
-    run = make_run(tmp_path / "a", events=[STARTED], steps=[2, 4])
-    run.error_log.write_text("Traceback")
-    assert (list_runs(tmp_path)[0].state, list_runs(tmp_path)[0].step) == ("failed", 4)
-    later = run.error_log.stat().st_mtime + 10
-    os.utime(run.events, (later, later))  # it went on since
-    assert list_runs(tmp_path)[0].state == "stopped"
+def test_a_run_says_how_it_ended(tmp_path):
+    ended = {"event": "ended at step 4: ...", "step": 4}
+    make_run(tmp_path / "a", events=[STARTED, {**ended, "kind": "DataError"}], steps=[2, 4])
+    make_run(tmp_path / "b", events=[STARTED, {**ended, "kind": "Interrupted"}], steps=[2, 4])
+    make_run(tmp_path / "c", events=[STARTED, {**ended, "kind": "DataError"}, STARTED], steps=[2, 4])  # went on, killed
+    states = {run.folder.name: (run.state, run.step) for run in list_runs(tmp_path)}
+    assert states == {"a": ("failed", 4), "b": ("stopped", 4), "c": ("stopped", 4)}
 
 
 def test_the_run_that_wrote_last_comes_first(tmp_path):

@@ -1,6 +1,8 @@
 """Two real processes on one run."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,8 +39,10 @@ def without_dropout(config):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_train_the_run_of_one(parallel, make_config, results, tmp_path):
-    one = train(without_dropout(make_config(tmp_path / "one")))
-    config = without_dropout(make_config(tmp_path / "two", train={"parallel": parallel}))
+    # More pictures than checkpoints: an average that was sampled must go on following.
+    sections = {"sample": {"every": "2 steps"}, "checkpoint": {"every": "12 steps"}}
+    one = train(without_dropout(make_config(tmp_path / "one", **sections)))
+    config = without_dropout(make_config(tmp_path / "two", train={"parallel": parallel}, **sections))
     code, output = finish(start(config, tmp_path))
     assert code == 0, output
     ours, theirs = results(one), results(tmp_path / "two")
@@ -103,3 +107,86 @@ def test_a_batch_that_cannot_be_divided_is_refused(make_config, tmp_path):
     assert code != 0
     assert "train.batch_size" in output
     assert "9" in output
+
+
+SLOW_SAVE = """
+import json, sys, time
+from pathlib import Path
+from eclosion.checkpoint import storage
+real = storage.write
+def slow(*args, **kwargs):
+    time.sleep(3)
+    return real(*args, **kwargs)
+storage.write = slow
+from eclosion import train
+from eclosion.errors import UserError
+try:
+    train(json.loads(Path(sys.argv[1]).read_text()))
+except UserError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+
+
+def ranks_of(config_path):
+    """Process ids of the training processes."""
+    found = subprocess.run(["pgrep", "-f", f"slow.py {config_path}"], capture_output=True, text=True, check=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+@pytest.mark.parametrize("first", ["leader", "other", "everyone"])
+def test_signals_that_come_apart_or_twice_still_leave_a_checkpoint(first, make_config, tmp_path):
+    """A launcher passes on a signal that its children got already; nodes get theirs at different times."""
+    config = without_dropout(make_config(tmp_path / "run", train={"duration": "4000 steps"}))
+    config["checkpoint"]["every"] = "4000 steps"
+    path, script = tmp_path / "run.json", tmp_path / "slow.py"
+    path.write_text(json.dumps(config))
+    script.write_text(SLOW_SAVE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [*command, str(script), str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.stat().st_size == 0:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    ranks = [pid for pid in ranks_of(path) if pid != process.pid]
+    leads = {pid: "RANK=0" in Path(f"/proc/{pid}/environ").read_text().split("\0") for pid in ranks}
+    order = sorted(ranks, key=lambda pid: leads[pid], reverse=first == "leader")
+    if first == "everyone":
+        for pid in [*ranks, process.pid]:
+            os.kill(pid, signal.SIGTERM)
+    else:
+        os.kill(order[0], signal.SIGTERM)
+        time.sleep(0.5)
+        os.kill(order[-1], signal.SIGTERM)
+    _, output = finish(process)
+    assert "which is saved" in output, output
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
+
+
+@pytest.mark.slow
+def test_four_processes_go_on_with_the_same_bits(make_config, results, tmp_path):
+    """With three or more, the order in which gradients are added shows in the bits."""
+    sections = {"train": {"duration": "8 steps", "micro_batch_size": 2}, "checkpoint": {"every": "4 steps"}}
+    code, output = finish(start(make_config(tmp_path / "whole", **sections), tmp_path, processes=4))
+    assert code == 0, output
+    code, output = finish(start(make_config(tmp_path / "part", **sections), tmp_path, processes=4))
+    assert code == 0, output
+    shutil.rmtree(tmp_path / "part" / "checkpoints" / "step-00000008")
+    code, output = finish(start(make_config(tmp_path / "part", **sections), tmp_path, processes=4))
+    assert code == 0, output
+    assert "resuming at step 4" in output
+    assert results(tmp_path / "part") == results(tmp_path / "whole")
+
+
+def test_a_refusal_of_the_leader_is_told_by_all(make_config, tmp_path):
+    run = train(without_dropout(make_config(tmp_path / "run", train={"duration": "1 steps"})))
+    config = without_dropout(make_config(run, train={"duration": "1 steps"}, data={"horizontal_flip": False}))
+    code, output = finish(start(config, tmp_path))
+    assert code != 0
+    assert "would make it another run" in output
+    assert "process 1 stops with process 0" in output
+    assert "Connection closed" not in output

@@ -130,7 +130,8 @@ def test_overwrite_replaces_a_finished_run_and_nothing_else(make_config, uninter
     (run / "mine.txt").write_text("keep me")
     train({**make_config(run), "overwrite": True})
     events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
-    assert events[0].startswith("training from scratch")
+    assert events[0] == "replaced the run at step-00000012"
+    assert events[1].startswith("training from scratch")
     assert (run / "mine.txt").read_text() == "keep me"
     assert results(run) == results(uninterrupted)
 
@@ -163,3 +164,145 @@ def test_the_same_seed_on_two_machines_gives_the_same_weights_to_start_from(make
     b = train(make_config(tmp_path / "b", train={"duration": "1 steps"}))
     weights = [Path(run) / "checkpoints" / "step-00000001" / "unet.safetensors" for run in (a, b)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    "section",
+    [{"train": {"batch_size": 9}}, {"sample": {"guidance_scale": 2.0}}, {"train": {"freeze": ["unet"]}}],
+    ids=str,
+)
+def test_overwrite_removes_nothing_before_the_new_run_is_known_to_be_possible(
+    section, make_config, uninterrupted, results, tmp_path
+):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    with pytest.raises(ConfigError):
+        train({**make_config(run, **section), "overwrite": True})
+    assert results(run) == results(uninterrupted)
+
+
+def test_overwrite_goes_on_with_an_unfinished_run(make_config, uninterrupted, results, tmp_path):
+    config = {**make_config(tmp_path / "run"), "overwrite": True}
+    watcher = stop_when(tmp_path / "run" / "checkpoints" / "step-00000003", signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        train(config)
+    watcher.join()
+    longer = {**config, "train": {**config["train"], "duration": "20 steps"}}
+    with pytest.raises(ConfigError, match="pass --accept-changes"):
+        train(longer)
+    train(config)
+    assert results(tmp_path / "run") == results(uninterrupted)
+
+
+def test_a_changed_batch_size_keeps_the_number_of_samples(make_config, results, tmp_path):
+    run = train(make_config(tmp_path / "run", train={"duration": "2 epochs"}, checkpoint={"every": "5 steps"}))
+    shutil.rmtree(run / "checkpoints" / "step-00000010")  # as if killed half-way, at 40 of 80 samples
+    smaller = make_config(run, train={"duration": "2 epochs", "batch_size": 4}, checkpoint={"every": "5 steps"})
+    train(smaller, accept_changes=True)
+    last = results(run)["numbers"][-1]
+    assert (last["step"], last["samples_seen"]) == (15, 80)
+
+
+@pytest.mark.parametrize(("before", "after"), [("no", "fp16"), ("fp16", "no")])
+def test_the_loss_scale_belongs_to_its_precision(before, after, make_config, tmp_path):
+    from safetensors.torch import load_file
+
+    def config(precision, steps):
+        return make_config(tmp_path / "run", train={"mixed_precision": precision, "duration": steps})
+
+    run = train(config(before, "3 steps"))
+    train(config(after, "6 steps"), accept_changes=True)
+    slots = load_file(run / "checkpoints" / "step-00000006" / "unet.optimizer.safetensors")
+    assert float(slots.get("loss_scale", 1)) == (65536 if after == "fp16" else 1)
+
+
+def test_pictures_of_a_run_that_never_saved_are_not_mixed_with_the_next(make_config, results, tmp_path):
+    run = train(make_config(tmp_path / "run", train={"duration": "1 steps"}))
+    old = results(run)["pictures"]["step-00000000.png"]
+    shutil.rmtree(run / "checkpoints")
+    train({**make_config(run, train={"duration": "1 steps"}), "seed": 5})
+    assert results(run)["pictures"]["step-00000000.png"] != old
+
+
+def test_a_typo_in_resume_is_refused_with_a_hint(make_config, tmp_path):
+    with pytest.raises(ConfigError, match=r"resume is 'atuo', which is no checkpoint. Did you mean 'auto'\?"):
+        train(make_config(tmp_path / "run"), resume="atuo")
+
+
+def test_a_free_change_that_moves_the_last_bits_is_said(make_config, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    train(make_config(run, train={"micro_batch_size": 8}))
+    assert "the last bits may differ: train.micro_batch_size was 4, is 8" in (run / "events.jsonl").read_text()
+
+
+def interrupted_inside(monkeypatch, module, name):
+    """Send SIGTERM when a function is called for the last time that matters, before it does its work."""
+    real = getattr(module, name)
+
+    def send(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, send)
+
+
+def test_a_signal_during_the_last_picture_stops_and_the_picture_is_made_later(
+    make_config, uninterrupted, results, tmp_path, monkeypatch
+):
+    from eclosion.training import loop
+
+    run = tmp_path / "run"
+    calls = []
+    real = loop.make_images
+
+    def at_the_end(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:  # steps 0, 6 and 12
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_images", at_the_end)
+        with pytest.raises(Interrupted, match="stopped at step 12, which is saved"):
+            train(make_config(run))
+    assert not (run / "samples" / "step-00000012.png").exists()
+    train(make_config(run))
+    assert results(run) == results(uninterrupted)
+
+
+def test_a_signal_during_the_export_stops_and_the_export_is_made_later(make_config, tmp_path, monkeypatch):
+    from eclosion import exporting
+
+    config = {**make_config(tmp_path / "run", train={"duration": "2 steps"}), "export": "ddpm"}
+    with monkeypatch.context() as patch:
+        interrupted_inside(patch, exporting, "_compare")
+        with pytest.raises(Interrupted) as stopped:
+            train(config)
+    assert stopped.value.exit_code == 143
+    run = tmp_path / "run"
+    assert not (run / "model_index.json").exists()
+    train(config)
+    assert (run / "model_index.json").exists()
+    assert not list(run.glob(".export-*"))
+
+
+def test_a_signal_during_start_up_leaves_nothing_half_done(make_config, uninterrupted, results, tmp_path, monkeypatch):
+    from eclosion.training import start
+
+    with monkeypatch.context() as patch:
+        interrupted_inside(patch, start, "check_wishes")
+        with pytest.raises(Interrupted, match="nothing was lost"):
+            train(make_config(tmp_path / "run"))
+    train(make_config(tmp_path / "run"))
+    assert results(tmp_path / "run") == results(uninterrupted)
+
+
+def test_training_leaves_the_callers_random_stream_alone(make_config, tmp_path):
+    import torch
+
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    train(make_config(tmp_path / "run", train={"duration": "1 steps"}))
+    assert torch.equal(torch.rand(2), expected)

@@ -16,9 +16,22 @@ def test_the_first_signal_is_noted_and_the_second_ends_the_process(monkeypatch):
         stop.saves_first = True
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)  # the same one, passed on by a launcher
         assert ended == []
+        now = signals.time.monotonic()
+        monkeypatch.setattr(signals.time, "monotonic", lambda: now + 1.5)
         os.kill(os.getpid(), signal.SIGINT)
         assert ended == [130]
+
+
+def test_a_signal_that_another_process_got_first_is_not_the_second(monkeypatch):
+    ended = []
+    monkeypatch.setattr(signals.os, "_exit", ended.append)
+    with StopSignals() as stop:
+        stop.saves_first = True
+        stop.received = signal.SIGTERM  # agreed with the others
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended == []
 
 
 def test_during_start_up_a_signal_leaves_at_once():

@@ -6,7 +6,7 @@ import torch
 from eclosion.config.load import load
 from eclosion.data.loader import Loader
 from eclosion.tasks.task import DataFacts
-from eclosion.training.loop import draw
+from eclosion.training.drawing import draw
 
 
 def losses_by_position(config, *, micro_batch_size, world_size, steps=3):

@@ -35,7 +35,7 @@ def losses_of(stage, x):
 
 
 def one_step(stage, x, *, step=0, num_steps=10):
-    stage.accumulate(losses_of(stage, x), torch.ones(len(x)), last=True)
+    stage.accumulate(losses_of(stage, x), torch.ones(len(x)))
     stage.update(step, num_steps)
 
 
@@ -71,7 +71,7 @@ def test_a_skipped_image_has_no_gradient_and_does_not_count_in_the_loss():
     x = inputs()
     losses = losses_of(whole, x)
     (losses[:3].sum() / 4).backward()
-    part.accumulate(losses_of(part, x), torch.tensor([1.0, 1, 1, 0]), last=True)
+    part.accumulate(losses_of(part, x), torch.tensor([1.0, 1, 1, 0]))
     for a, b in zip(whole.module.parameters(), part.module.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
     part.update(0, 10)

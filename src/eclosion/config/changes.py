@@ -4,14 +4,14 @@ Identity keys decide what the run is: other values make it another run. Schedule
 it goes on: a change is the user's word, and is recorded. All other keys are free.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from eclosion.config.load import leaves
 from eclosion.errors import ConfigError
 
-__all__ = ["Change", "compare", "kind_of"]
+__all__ = ["Change", "compare", "kind_of", "refuse"]
 
 IDENTITY = (
     "seed",
@@ -53,6 +53,8 @@ FREE = (
     "checkpoint",
     "track",
 )
+# Free keys that decide in which order numbers are added: the run goes on as before, but for its last bits.
+ROUNDING = ("train.micro_batch_size", "train.channels_last", "train.compile", "train.parallel", "train.deterministic")
 Kind = Literal["identity", "schedule", "free"]
 
 
@@ -73,34 +75,46 @@ class Change:
     before: Any
     after: Any
 
+    @property
+    def kind(self) -> Kind:
+        """Which of the three classes the key belongs to."""
+        return kind_of(self.path)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the last bits of a run depend on the key."""
+        return self.path in ROUNDING
+
     def __str__(self) -> str:
         return f"{self.path}: {self.before!r} -> {self.after!r}"
 
 
-def compare(before: Mapping[str, Any], after: Mapping[str, Any], *, accept: bool, where: str) -> list[Change]:
-    """The schedule keys that changed, if that is accepted.
+def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """All keys whose values differ between two native configs, in the order of their names."""
+    old, new = dict(leaves(before)), dict(leaves(after))
+    return [Change(p, old.get(p), new.get(p)) for p in sorted(old.keys() | new.keys()) if old.get(p) != new.get(p)]
+
+
+def refuse(changes: Sequence[Change], *, accept: bool, where: str) -> None:
+    """Let a run go on with changed keys, or say why not.
 
     Args:
-        before: native config in the checkpoint.
-        after: native config now.
+        changes: since the checkpoint.
         accept: whether the user accepts changed schedule keys.
         where: the checkpoint, for the message.
 
     Raises:
-        ConfigError: if identity keys differ, or schedule keys differ and that is not accepted.
+        ConfigError: if identity keys changed, or schedule keys changed and that is not accepted.
     """
-    old, new = dict(leaves(before)), dict(leaves(after))
-    changes = [Change(p, old.get(p), new.get(p)) for p in sorted(old.keys() | new.keys()) if old.get(p) != new.get(p)]
-    identity = [c for c in changes if kind_of(c.path) == "identity"]
+    identity = [c for c in changes if c.kind == "identity"]
     if identity:
         raise ConfigError(
             [f"{c} would make it another run than the one in {where}." for c in identity]
             + ["Put the values back, or choose another output folder."]
         )
-    schedule = [c for c in changes if kind_of(c.path) == "schedule"]
+    schedule = [c for c in changes if c.kind == "schedule"]
     if schedule and not accept:
         raise ConfigError(
             [f"{c} changes how the run in {where} goes on." for c in schedule]
             + ["Put the values back, or pass --accept-changes."]
         )
-    return schedule

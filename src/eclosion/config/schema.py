@@ -21,6 +21,7 @@ __all__ = [
     "SampleConfig",
     "TrackConfig",
     "TrainConfig",
+    "last_step",
     "steps_in",
 ]
 
@@ -62,6 +63,22 @@ def steps_in(duration: str, *, batch_size: int, epoch_samples: int) -> int:
     amount, unit = _check_duration(duration).split()
     samples = {"steps": batch_size, "samples": 1, "epochs": epoch_samples}[unit] * int(amount)
     return math.ceil(samples / batch_size)
+
+
+def last_step(duration: str, *, step: int, samples_seen: int, batch_size: int, epoch_samples: int) -> int:
+    """The optimizer step at which a run is done, seen from where it stands; its batch size may have changed before.
+
+    Args:
+        duration: of the whole run, as in a config.
+        step, samples_seen: updates and images so far.
+        batch_size: images per step from here on.
+        epoch_samples: images in one pass over the data.
+    """
+    amount, unit = _check_duration(duration).split()
+    if unit == "steps":
+        return int(amount)
+    samples = int(amount) * (epoch_samples if unit == "epochs" else 1)
+    return step + max(0, math.ceil((samples - samples_seen) / batch_size))
 
 
 Positive = Annotated[int, Field(ge=1)]
@@ -158,7 +175,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     # How several processes share the work: "ddp" copies the networks, "fsdp" splits them.
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    # Whether only algorithms that give the same bits each time are used.
+    # Whether algorithms that give the same bits each time are taken where there are any; torch warns of others.
     deterministic: bool = True
 
 

@@ -140,7 +140,7 @@ class Ledger:
     def _finish_epoch(self) -> None:
         assert self.delivered + self.skipped.total() == self.num_samples, self._account()
         if self.path is not None:
-            _append(self.path, json.dumps(self._account()) + "\n")
+            _append(self.path, json.dumps(self._account(), sort_keys=True) + "\n")
         self.delivered, self.skipped, self.named = 0, Counter(), []
 
     def _account(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import nn
 from eclosion.checkpoint import storage
 from eclosion.checkpoint.lock import holder
 from eclosion.checkpoint.store import CheckpointStore
-from eclosion.config.changes import compare
+from eclosion.config.changes import compare, refuse
 from eclosion.config.explain import checked
 from eclosion.config.load import LoadedConfig, leaves, load, translated
 from eclosion.config.overrides import apply_overrides
@@ -22,10 +22,10 @@ from eclosion.data.ledger import over_budget
 from eclosion.data.loader import Loader
 from eclosion.data.source import Samples
 from eclosion.device import pick_device, pick_precision
-from eclosion.errors import ConfigError, EnvironmentProblem, UserError, did_you_mean
+from eclosion.errors import EnvironmentProblem, UserError
 from eclosion.registry import build, dump
 from eclosion.rundir import RunDir
-from eclosion.tasks.task import DataFacts, Task
+from eclosion.tasks.task import DataFacts, Task, check_wishes
 
 __all__ = ["Check", "DataCount", "Network", "Plan", "Setting", "check"]
 
@@ -178,7 +178,7 @@ def _look_at_run(found: Check, loaded: LoadedConfig) -> None:
         task = _build(run, stand_in)
         found.networks = [_measure(name, net, trained=name not in run.train.freeze) for name, net in task.nets.items()]
         found.checkpoint_bytes = sum(_checkpoint_bytes(net, run, name) for name, net in task.nets.items())
-        _check_frozen(run, task)
+        check_wishes(task, run)
     with found.looking():
         device = pick_device(run.train.device)
         found.device, found.precision = str(device), pick_precision(run.train.mixed_precision, device)
@@ -244,16 +244,6 @@ def _checkpoint_bytes(net: nn.Module, run: RunConfig, name: str) -> int:
     return weights * (1 + len(run.ema.decays)) + moments
 
 
-def _check_frozen(run: RunConfig, task: Task) -> None:
-    unknown = [name for name in run.train.freeze if name not in task.nets]
-    if unknown:
-        raise ConfigError(
-            [f"train.freeze: {name!r} is no network of this task.{did_you_mean(name, task.nets)}" for name in unknown]
-        )
-    if set(run.train.freeze) == set(task.nets):
-        raise ConfigError(f"train.freeze names every network ({', '.join(task.nets)}), so nothing would be trained.")
-
-
 def _look_at_disk(found: Check, run: RunConfig) -> None:
     folder = Path(run.output).absolute()
     while not folder.exists():
@@ -281,8 +271,10 @@ def _standing(run: RunConfig, plan: Plan | None) -> str:
     num_steps = plan.num_steps if plan else 0
     if run.overwrite and plan and newest.step >= num_steps:
         return f"the finished run there is replaced (overwrite), at step {newest.step}"
-    changes = compare(newest.meta["config"], dump(run), accept=False, where=str(folder.checkpoint(newest.step)))
-    assert not changes
+    changes = compare(newest.meta["config"], dump(run))
+    if run.overwrite and any(change.kind == "identity" for change in changes):
+        return f"another run is there, at step {newest.step}, and is replaced (overwrite)"
+    refuse(changes, accept=False, where=str(folder.checkpoint(newest.step)))
     if plan and newest.step >= num_steps:
         return f"the run there is finished, at step {newest.step}"
     return f"the run there goes on from step {newest.step}"

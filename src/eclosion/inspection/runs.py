@@ -84,12 +84,11 @@ def _describe(run: RunDir) -> RunInfo:
 def _state(run: RunDir, events: list[dict[str, Any]]) -> State:
     if holder(run):
         return "running"
-    last = str(events[-1].get("event", "")) if events else ""
-    if last.startswith("finished"):
+    last = events[-1] if events else {}
+    if str(last.get("event", "")).startswith("finished"):
         return "finished"
-    told = _modified(run.events)
-    # A run that goes on after an error writes an event, so a newer traceback is of its end.
-    return "failed" if run.error_log.exists() and _modified(run.error_log) >= told else "stopped"
+    # A run that ends by itself says how; one that was killed says nothing.
+    return "failed" if last.get("kind") not in (None, "Interrupted") else "stopped"
 
 
 def _written(run: RunDir) -> list[float]:

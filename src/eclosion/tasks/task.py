@@ -6,11 +6,13 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from eclosion.config.schema import RunConfig
 from eclosion.data.batch import Batch
 from eclosion.diffusion.samplers import OnStep
+from eclosion.errors import ConfigError, did_you_mean
 from eclosion.rng import Generator
 
-__all__ = ["DataFacts", "Drawn", "Task", "TaskPart"]
+__all__ = ["DataFacts", "Drawn", "Task", "TaskPart", "check_wishes"]
 
 # a frozen dataclass of tensors, made and read by one task alone
 Drawn = Any
@@ -50,6 +52,10 @@ class Task(Protocol):
         """What the i-th images of a preview are asked to show."""
         ...
 
+    def check_sampling(self, sampler: Any, guidance_scale: float) -> None:
+        """Refuse a sampler or a guidance that this task could not use, before anything is trained."""
+        ...
+
     def sample(
         self,
         conditions: Batch,
@@ -77,3 +83,29 @@ class TaskPart(Protocol):
     def build(self, facts: DataFacts) -> Task:
         """The task, with networks drawn from torch's global generator, on the CPU."""
         ...
+
+
+def check_wishes(task: Task, run: RunConfig) -> None:
+    """Refuse, before anything is trained, what would fail only later: freezing, pictures, the pipeline at the end.
+
+    Raises:
+        ConfigError: with every problem.
+        UserError: if there is no pipeline for this task.
+    """
+    frozen = run.train.freeze
+    problems = [
+        f"train.freeze: {name!r} is no network of this task.{did_you_mean(name, task.nets)}"
+        for name in frozen
+        if name not in task.nets
+    ]
+    if set(frozen) >= set(task.nets):
+        problems.append(f"train.freeze names every network ({', '.join(task.nets)}), so nothing would be trained.")
+    if run.sample.num_images:
+        try:
+            task.check_sampling(run.sample.sampler, run.sample.guidance_scale)
+        except ConfigError as error:
+            problems += [f"sample: {problem}" for problem in error.problems]
+    if problems:
+        raise ConfigError(problems)
+    if run.export != "no":
+        task.pipeline()

@@ -13,7 +13,7 @@ from eclosion.diffusion import prediction
 from eclosion.diffusion.denoiser import Denoiser
 from eclosion.diffusion.loss import Loss, draw_noise, draw_timesteps
 from eclosion.diffusion.noise_schedule import NoiseSchedule
-from eclosion.diffusion.samplers import OnStep
+from eclosion.diffusion.samplers import OnStep, levels
 from eclosion.errors import ConfigError, UserError
 from eclosion.registry import PartOf, part
 from eclosion.rng import Generator, randn, uniform
@@ -122,6 +122,20 @@ class UnconditionalTask:
         fields = {"label": torch.tensor([i % self.num_classes for i in indices])} if self.num_classes else {}
         return Batch(positions=list(indices), weight=torch.ones(len(indices)), fields=fields)
 
+    def check_sampling(self, sampler: Any, guidance_scale: float) -> None:
+        """Refuse guidance that was not trained for, and more steps than there are noise levels.
+
+        Raises:
+            ConfigError: naming what to change.
+        """
+        if guidance_scale != 1 and self.num_classes and self.options.class_dropout == 0:
+            raise ConfigError(
+                f"guidance_scale is {guidance_scale:g}, and task.class_dropout is 0, so the network never learns to do "
+                "without its class. Set task.class_dropout=0.1, or guidance_scale=1."
+            )
+        self._denoiser(None, guidance_scale)
+        levels(self.schedule, sampler.num_inference_steps or self.schedule.num_train_timesteps, "trailing")
+
     @torch.no_grad()
     def sample(
         self,
@@ -135,15 +149,7 @@ class UnconditionalTask:
         """Images [B, 3, H, W] in [-1, 1]; image i comes from its class and rngs[i] alone."""
         device = next(self.nets[NET].parameters()).device
         label = conditions["label"].to(device) if self.num_classes else None
-        null = torch.full_like(label, self.num_classes) if label is not None else None
-        denoise = Denoiser(
-            net=lambda x, t: self._call(x, t, label),
-            schedule=self.schedule,
-            prediction_type=self.options.prediction_type,
-            clip_sample=self.options.clip_sample,
-            uncond=(lambda x, t: self._call(x, t, null)) if null is not None else None,
-            guidance_scale=guidance_scale,
-        )
+        denoise = self._denoiser(label, guidance_scale)
         noise = randn(rngs, (3, *self.size)).to(device)
         return sampler(denoise, noise, rngs, on_step=on_step).clamp(-1, 1)  # type: ignore[no-any-return]
 
@@ -163,6 +169,20 @@ class UnconditionalTask:
             kind = "a class-conditional network" if self.num_classes else "rectified flow"
             raise UserError(f"diffusers has no pipeline for {kind} in pixel space. Use `eclosion sample` instead.")
         return DDPMPipeline(unet=self.nets[NET], scheduler=self._scheduler())
+
+    def _denoiser(self, label: Tensor | None, guidance_scale: float) -> Denoiser:
+        def without_class(x: Tensor, t: Tensor) -> Tensor:
+            null = torch.full((len(x),), self.num_classes, dtype=torch.int64, device=x.device)
+            return self._call(x, t, null)
+
+        return Denoiser(
+            net=lambda x, t: self._call(x, t, label),
+            schedule=self.schedule,
+            prediction_type=self.options.prediction_type,
+            clip_sample=self.options.clip_sample,
+            uncond=without_class if self.num_classes else None,
+            guidance_scale=guidance_scale,
+        )
 
     def _call(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         labels = {} if label is None else {"class_labels": label}

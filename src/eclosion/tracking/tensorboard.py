@@ -29,7 +29,7 @@ class EventFiles:
 
     def start(self, run: RunDir, config: Mapping[str, Any], *, num_steps: int, step: int) -> None:
         """Begin, or go on after `step` updates; what stands behind them is hidden."""
-        self._writer = SummaryWriter(str(run.tensorboard), purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(str(run.tensorboard), purge_step=step + 1, flush_secs=10)
 
     def log(self, numbers: Mapping[str, float], *, step: int, samples_seen: int) -> None:
         """One point per curve."""

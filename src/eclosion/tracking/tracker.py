@@ -1,6 +1,7 @@
 """Where a run's numbers and pictures go: metrics.jsonl always, and the loggers that its config names."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,7 +51,8 @@ class Tracker:
 
     def log(self, numbers: Mapping[str, float], *, step: int, samples_seen: int) -> None:
         """Keep and show numbers by name."""
-        append_line(self.run.metrics, {"step": step, "samples_seen": samples_seen, **numbers})
+        known = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        append_line(self.run.metrics, {"step": step, "samples_seen": samples_seen, **known})
         for logger in self.loggers:
             logger.log(numbers, step=step, samples_seen=samples_seen)
 
@@ -76,7 +78,7 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Add one JSON object as a line, in a single write so that a kill leaves at most one torn line at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:
-        file.write((json.dumps(record) + "\n").encode())
+        file.write((json.dumps(record, allow_nan=False) + "\n").encode())
 
 
 def keep_lines(path: Path, wanted: Callable[[Any], bool]) -> None:

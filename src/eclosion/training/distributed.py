@@ -6,20 +6,22 @@ decision to stop, and before and after a checkpoint.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from eclosion.errors import ConfigError
+from eclosion.errors import ConfigError, UserError
 from eclosion.training.signals import StopSignals
 
 __all__ = ["World", "world"]
+
+T = TypeVar("T")
 
 # Long enough for a slow disk, short enough that a dead process does not hold the others for hours.
 TIMEOUT = timedelta(minutes=10)
@@ -49,9 +51,10 @@ class World:
         if self.size > 1 and how == "fsdp":
             from torch.distributed.fsdp import fully_shard  # not in every build of torch
 
+            # The outermost part, too, is split again after use: an average that was sampled must not keep old weights.
             for block in _blocks(net):
                 fully_shard(block)
-            fully_shard(net)
+            fully_shard(net, reshard_after_forward=True)
         return net
 
     def prepare(self, net: nn.Module, how: str) -> nn.Module:
@@ -63,7 +66,7 @@ class World:
         return nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
 
     def without_sync(self, net: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """The context of a backward pass; only the last micro-batch of a step exchanges gradients."""
+        """The context of a forward and backward pass; only the last micro-batch of a step exchanges gradients."""
         if isinstance(net, nn.parallel.DistributedDataParallel):
             return nullcontext() if last else net.no_sync()
         if self.size > 1:
@@ -102,6 +105,24 @@ class World:
         dist.all_gather_object(found, value, group=_host_group())
         return found
 
+    def lead(self, work: Callable[[], T]) -> T:
+        """What the leading process gets from `work`, on every process; a `UserError` of it is raised on all."""
+        outcome: tuple[T | None, str | None, int] = (None, None, 0)
+        failure: UserError | None = None
+        if self.leads:
+            try:
+                outcome = (work(), None, 0)
+            except UserError as error:
+                failure, outcome = error, (None, str(error), error.exit_code)
+        result, message, code = self.from_leader(outcome)
+        if failure is not None:
+            raise failure
+        if message is not None:
+            told = UserError(f"process {self.rank} stops with process 0: {message}")
+            told.exit_code = code
+            raise told
+        return result  # type: ignore[no-any-return]
+
     def from_leader(self, value: Any) -> Any:
         """The leader's value, on every process."""
         if self.size == 1:
@@ -133,11 +154,11 @@ def world(device_type: str) -> Iterator[World]:
     Raises:
         ConfigError: if the environment names a world that cannot be.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _number("WORLD_SIZE", "1")
     if size == 1:
         yield World()
         return
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    rank, local_rank = _number("RANK"), _number("LOCAL_RANK", "0")
     if device_type == "cuda" and local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}. "
@@ -145,7 +166,8 @@ def world(device_type: str) -> Iterator[World]:
         )
     if device_type == "cuda":
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=TIMEOUT)
+    own = torch.device("cuda", local_rank) if device_type == "cuda" else None
+    dist.init_process_group("nccl" if own else "gloo", timeout=TIMEOUT, device_id=own)
     _groups["host"] = dist.new_group(backend="gloo", timeout=TIMEOUT) if device_type == "cuda" else None
     try:
         yield World(rank, size, local_rank)
@@ -155,9 +177,31 @@ def world(device_type: str) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def full_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, whole: those split over processes are gathered; every process must ask."""
-    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
+def _number(name: str, default: str | None = None) -> int:
+    value = os.environ.get(name, default)
+    if value is None or not value.isdigit():
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')}, and {name} is {value!r}, which is no number. "
+            "Start several processes with torchrun, or unset WORLD_SIZE for one."
+        )
+    return int(value)
+
+
+def full_tensors(tensors: dict[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
+    """The same tensors, whole. Those split over processes are gathered, one at a time; every process must ask.
+
+    Args:
+        tensors: by name.
+        keep: whether this process wants them; another takes part, and keeps nothing of those that were gathered.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        if hasattr(tensor, "full_tensor"):
+            whole = tensor.full_tensor()
+            found[name] = whole.cpu() if keep else whole.new_empty(0)
+        else:
+            found[name] = tensor
+    return found
 
 
 def put(target: Tensor, value: Tensor) -> None:

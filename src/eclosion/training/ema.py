@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 __all__ = ["Ema", "warmed_up"]
 
+CHUNK = 64
+
 
 def warmed_up(decay: float, step: int) -> float:
     """The decay after `step` updates: (1 + step) / (10 + step) until that exceeds `decay`.
@@ -48,8 +50,12 @@ class Ema:
         if skip is None:
             torch._foreach_lerp_(self._averages, self._weights, weight)
         else:
-            amount = (1 - skip) * weight
-            torch._foreach_lerp_(self._averages, self._weights, [amount] * len(self._weights))
+            # A weight that is a tensor has no fast kernel of its own; a few tensors at a time keep the copies small.
+            for start in range(0, len(self._weights), CHUNK):
+                averages, weights = self._averages[start : start + CHUNK], self._weights[start : start + CHUNK]
+                difference = torch._foreach_sub(weights, averages)
+                torch._foreach_mul_(difference, (1 - skip) * weight)
+                torch._foreach_add_(averages, difference)
 
 
 @torch.no_grad()

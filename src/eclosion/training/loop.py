@@ -2,23 +2,19 @@
 
 import time
 
-import torch
-
 from eclosion.config.schema import RunConfig
-from eclosion.data.batch import Batch
 from eclosion.data.source import Samples
 from eclosion.device import autocast, memory_gb
 from eclosion.errors import Interrupted
 from eclosion.report import write_report
-from eclosion.rng import generator, integer_seed
 from eclosion.sampling import grid, make_images, save_png
-from eclosion.tasks.task import Drawn, Task
 from eclosion.training.distributed import World
+from eclosion.training.drawing import draw
 from eclosion.training.replay import diverged
 from eclosion.training.signals import StopRequested, StopSignals
 from eclosion.training.start import Context, start
 
-__all__ = ["draw", "run_until_done"]
+__all__ = ["run_until_done"]
 
 
 def run_until_done(
@@ -40,6 +36,7 @@ def run_until_done(
     """
     with start(run, samples, world=world, stop=stop, resume=resume, accept=accept) as c:
         state = c.state
+        warm_up(c)
         if c.preview_missing():
             preview(c, stop)
         steps = c.loader.steps(state.samples_seen)
@@ -54,9 +51,10 @@ def run_until_done(
                             world.agree_to_stop(stop)
                         here = batch.to(c.device)
                         drawn = draw(c.task, stage.name, here, run.seed, state.step, i, world.rank)
-                        with autocast(c.device, c.precision):
-                            losses = c.task.loss(stage.name, here, drawn)  # [B]: one number per image
-                        stage.accumulate(losses, here.weight, last=i + 1 == len(micro_batches))
+                        with world.without_sync(stage.net, last=i + 1 == len(micro_batches)):
+                            with autocast(c.device, c.precision):
+                                losses = c.task.loss(stage.name, here, drawn)  # [B]: one number per image
+                            stage.accumulate(losses, here.weight)
                     stage.update(state.step, state.num_steps)
                 state.advance()
                 c.account(micro_batches)
@@ -71,9 +69,12 @@ def run_until_done(
                 if state.due(c.every.sample):
                     preview(c, stop)
                 c.store.check()  # a save that failed in the background
+            world.agree_to_stop(stop)  # also during the last picture
         except StopRequested:
             for stage in state.trained:
                 stage.drop()
+            if state.failed_at():
+                raise diverged(c) from None
             c.save(wait=True)
             raise Interrupted(
                 stop.received, f"{run.output}: stopped at step {state.step}, which is saved. Start it again to go on."
@@ -83,14 +84,26 @@ def run_until_done(
         c.finish()
 
 
-def draw(task: Task, name: str, batch: Batch, seed: int, step: int, index: int, rank: int) -> Drawn:
-    """Every random tensor of a micro-batch, keyed by position; and the dropout of its networks, keyed by step."""
-    dropout = integer_seed(seed, "dropout", name, step, index, rank)
-    if batch.weight.is_cuda:
-        torch.cuda.default_generators[batch.weight.device.index].manual_seed(dropout)
-    else:
-        torch.default_generator.manual_seed(dropout)
-    return task.draw(name, batch, [generator(seed, "loss", name, p) for p in batch.positions])
+def warm_up(c: Context) -> None:
+    """Make one backward pass and forget it, where processes exchange gradients.
+
+    After its first pass DDP orders its buckets anew, and with them the order in which three or more
+    processes add. Without this a run that was resumed would add its first step in another order
+    than the run that never stopped.
+    """
+    if c.world.size == 1 or c.state.done:
+        return
+    share = c.loader.micro_batch_size
+    first = c.state.samples_seen + c.world.rank * share
+    batch = c.loader.batch_at(range(first, first + share)).to(c.device)
+    for stage in c.state.trained:
+        buffers = [buffer.clone() for buffer in stage.module.buffers()]
+        with autocast(c.device, c.precision):
+            drawn = draw(c.task, stage.name, batch, c.run.seed, c.state.step, 0, c.world.rank)
+            stage.accumulate(c.task.loss(stage.name, batch, drawn), batch.weight)
+        stage.drop()
+        for buffer, before in zip(stage.module.buffers(), buffers, strict=True):
+            buffer.copy_(before)
 
 
 def preview(c: Context, stop: StopSignals) -> None:
@@ -112,7 +125,7 @@ def preview(c: Context, stop: StopSignals) -> None:
                 sampler=options.sampler,
                 guidance_scale=options.guidance_scale,
                 precision=c.precision,
-                on_step=stop.on_step,
+                on_step=lambda *_: c.world.agree_to_stop(stop),  # all leave at the same call, or none
             )
         except StopRequested:
             return

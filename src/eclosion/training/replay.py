@@ -13,6 +13,7 @@ from eclosion.registry import dump
 from eclosion.rng import generator
 from eclosion.tracking.tracker import write_json
 from eclosion.training.distributed import full_tensors
+from eclosion.training.drawing import draw
 
 if TYPE_CHECKING:
     from eclosion.training.start import Context
@@ -34,12 +35,9 @@ def diverged(c: "Context") -> TrainingDiverged:
     first = c.state.samples_seen - (c.state.step - step) * c.run.train.batch_size
     share = c.run.train.batch_size // c.world.size
     mine = range(first + c.world.rank * share, first + (c.world.rank + 1) * share)
-    batch = c.loader.batch_at(mine).to(c.device)
+    batch = c.loader.batch_at(mine)
     drawn = c.task.draw(name, batch, [generator(c.run.seed, "loss", name, p) for p in mine])
-    module = c.state.stages[name].module
-    with torch.no_grad(), autocast(c.device, c.precision):
-        task = c.task.with_nets({n: s.module for n, s in c.state.stages.items()})
-        losses = task.loss(name, batch, drawn)
+    losses = _losses(c, name, step, mine)
     bad = [i for i in range(len(batch)) if not torch.isfinite(losses[i])]
     names = [c.samples.name(c.loader.order.index_at(mine[i])) for i in (bad or range(len(batch)))]
 
@@ -48,7 +46,7 @@ def diverged(c: "Context") -> TrainingDiverged:
     tensors = {k: v for k, v in batch.fields.items() if isinstance(v, Tensor)}
     save_file(_whole(tensors), folder / "batch.safetensors")
     save_file(_whole({k: v for k, v in _fields(drawn).items() if isinstance(v, Tensor)}), folder / "drawn.safetensors")
-    save_file(_whole(full_tensors(module.state_dict())), folder / f"{name}.safetensors")
+    save_file(_whole(full_tensors(c.state.stages[name].module.state_dict())), folder / f"{name}.safetensors")
     write_json(
         folder / "info.json",
         {
@@ -57,6 +55,9 @@ def diverged(c: "Context") -> TrainingDiverged:
             "positions": list(mine),
             "samples": [c.samples.name(c.loader.order.index_at(p)) for p in mine],
             "losses": [str(float(x)) for x in losses],
+            "micro_batch_size": c.loader.micro_batch_size,
+            "rank": c.world.rank,
+            "loss_scale": float(c.state.stages[name].scale.value),
             "config": dump(c.run),
             "environment": c.meta["environment"],
         },
@@ -67,6 +68,19 @@ def diverged(c: "Context") -> TrainingDiverged:
         f"step {step}: the {what} of {name} is not finite, with {', '.join(names[:MAX_NAMES])}{more}. The weights are "
         f"as before this step; {folder} replays it. Try a lower optimizer.learning_rate, or mixed_precision=no."
     )
+
+
+def _losses(c: "Context", name: str, step: int, positions: range) -> Tensor:
+    """The losses of the failed step, micro-batch by micro-batch with the dropout that they had then; float32 [B]."""
+    task = c.task.with_nets({n: s.module for n, s in c.state.stages.items()})
+    size = c.loader.micro_batch_size
+    found = []
+    for i in range(len(positions) // size):
+        batch = c.loader.batch_at(positions[i * size : (i + 1) * size]).to(c.device)
+        drawn = draw(task, name, batch, c.run.seed, step, i, c.world.rank)
+        with torch.no_grad(), autocast(c.device, c.precision):
+            found.append(task.loss(name, batch, drawn).cpu())
+    return torch.cat(found)
 
 
 def _fields(drawn: object) -> dict[str, object]:

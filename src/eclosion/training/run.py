@@ -1,5 +1,6 @@
 """`train`: from a config to a run folder."""
 
+import os
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,13 +14,16 @@ from eclosion.config.load import load
 from eclosion.config.schema import RunConfig
 from eclosion.data.torch_dataset import TorchDatasetSamples
 from eclosion.device import pick_device
-from eclosion.errors import EnvironmentProblem, Interrupted, OutOfMemory, UserError
+from eclosion.errors import ConfigError, EnvironmentProblem, Interrupted, LockedError, OutOfMemory, UserError
 from eclosion.rundir import RunDir
 from eclosion.training.distributed import world
 from eclosion.training.loop import run_until_done
 from eclosion.training.signals import StopRequested, StopSignals
 
 __all__ = ["train"]
+
+# How torch.distributed words the loss of another process.
+LOST = ("Connection closed by peer", "Connection reset", "connection was closed", "NCCL", "Timed out waiting")
 
 
 def train(
@@ -59,7 +63,8 @@ def train(
                 run_until_done(run, samples, world=w, stop=stop, resume=resume, accept=accept_changes)
         except StopRequested:
             raise Interrupted(
-                stop.received, f"{run.output}: stopped before the first step; nothing was lost."
+                stop.received,
+                f"{run.output}: stopped before the first step or after the last; nothing was lost. Start it again.",
             ) from None
     return Path(run.output)
 
@@ -72,7 +77,8 @@ def _told(run: RunConfig) -> Iterator[None]:
     except (KeyboardInterrupt, Interrupted):
         raise
     except Exception as error:  # raised again, always
-        _keep_traceback(run, error)
+        if not isinstance(error, ConfigError | LockedError):  # the folder may be another run's
+            _keep_traceback(run, error)
         told = _as_user_error(error, run)
         if told is error:
             raise
@@ -95,8 +101,14 @@ def _as_user_error(error: Exception, run: RunConfig) -> Exception:
     if _is_out_of_memory(error):
         return OutOfMemory(
             f"out of memory with {run.train.batch_size} images a step. Set train.micro_batch_size lower (the result "
-            "stays the same), train.gradient_checkpointing=true, or a smaller data.image_size or task.model. "
-            "Checkpoints are intact."
+            "stays the same), train.gradient_checkpointing=true, or a smaller data.image_size, task.model or "
+            "sample.num_images. Checkpoints are intact."
+        )
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if isinstance(error, RuntimeError) and world_size != "1" and any(word in str(error) for word in LOST):
+        return EnvironmentProblem(
+            f"process {os.environ.get('RANK')} of {world_size} lost another one, which ended first: its message says "
+            "why. Checkpoints are intact; start the run again to go on."
         )
     if isinstance(error, OSError):
         where = error.filename or run.output
@@ -107,4 +119,5 @@ def _as_user_error(error: Exception, run: RunConfig) -> Exception:
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and ("allocate memory" in said or "out of memory" in said)

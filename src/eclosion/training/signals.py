@@ -3,12 +3,15 @@
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 __all__ = ["StopRequested", "StopSignals"]
 
 WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# A launcher may pass on a signal that its children got already; only a later one is somebody who insists.
+INSISTS_SECONDS = 1.0
 
 
 class StopRequested(BaseException):
@@ -16,7 +19,7 @@ class StopRequested(BaseException):
 
 
 class StopSignals:
-    """While in use, the first signal is noted and the second ends the process at once.
+    """While in use, the first signal is noted, and one that comes a second later ends the process at once.
 
     Attributes:
         received: number of the signal, or 0.
@@ -27,6 +30,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received = 0
         self.saves_first = False
+        self._noted: float | None = None  # when this process was first asked, which another may have been before
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -40,9 +44,13 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self.received:
-            os._exit(128 + number)
-        self.received = number
+        now = time.monotonic()
+        if self._noted is not None:
+            if now - self._noted > INSISTS_SECONDS:
+                os._exit(128 + number)
+            return
+        self._noted = now
+        self.received = self.received or number
         if not self.saves_first:
             raise StopRequested
 

@@ -1,35 +1,34 @@
 """How a run starts: its folder, its networks, and where it goes on from."""
 
 import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import deterministic
 
 from eclosion.checkpoint.lock import RunLock
-from eclosion.checkpoint.storage import Loaded
 from eclosion.checkpoint.store import CheckpointStore
-from eclosion.config.changes import compare
-from eclosion.config.schema import RunConfig, steps_in
+from eclosion.config.schema import RunConfig, last_step, steps_in
 from eclosion.data.batch import Batch, Skip
 from eclosion.data.ledger import Ledger
 from eclosion.data.loader import Loader
 from eclosion.data.source import Samples
 from eclosion.device import environment, pick_device, pick_precision
-from eclosion.errors import ConfigError, did_you_mean
-from eclosion.exporting import export_task
+from eclosion.errors import ConfigError
+from eclosion.exporting import clean_exports, export_trained
 from eclosion.registry import dump
 from eclosion.report import write_report
 from eclosion.rng import integer_seed
 from eclosion.rundir import RunDir
 from eclosion.sampling import load_trained
-from eclosion.tasks.task import DataFacts, Task
+from eclosion.tasks.task import DataFacts, Task, check_wishes
 from eclosion.tracking.tracker import Tracker, write_json
 from eclosion.training.distributed import World
+from eclosion.training.origin import Origin, clear, find_origin
 from eclosion.training.signals import StopSignals
 from eclosion.training.state import Stage, TrainState
 
@@ -57,6 +56,7 @@ class Context:
         task: on the prepared networks.
         state: what changes as the run goes.
         store, tracker: checkpoints, and numbers; only the leading process writes.
+        stop: where signals are noted.
         every: what happens how often.
         meta: what each checkpoint says of itself.
     """
@@ -73,6 +73,7 @@ class Context:
     state: TrainState
     store: CheckpointStore
     tracker: Tracker
+    stop: StopSignals
     every: Every
     meta: dict[str, Any]
     _recorded: int = 0
@@ -95,7 +96,8 @@ class Context:
         if self.world.leads:
             for skip in skipped:
                 self.tracker.say(f"skipped {skip.name}: {skip.detail}", position=skip.position, reason=skip.reason)
-            self.ledger.record(range(self._recorded, self.state.samples_seen), skipped)
+        # Only the ledger knows what all processes skipped; if that is too much, all must stop.
+        self.world.lead(lambda: self.ledger.record(range(self._recorded, self.state.samples_seen), skipped))
         self._recorded, self._skipped = self.state.samples_seen, []
 
     def log(self, numbers: dict[str, float]) -> None:
@@ -118,14 +120,15 @@ class Context:
         return bool(self.world.from_leader(missing))
 
     def finish(self) -> None:
-        """What follows the last step: the checkpoint on disk, the pipeline, the report."""
+        """What follows the last step: the checkpoint on disk, the pipeline, the report. Can be left and done again."""
         self.store.close()
+        self.stop.on_step()
+        self.stop.saves_first = False  # all is saved: a signal may now leave from anywhere
         self.world.barrier()
         if not self.world.leads:
             return
         if self.run.export != "no":
-            trained = load_trained(self.folder.root, device="cpu")
-            export_task(trained.task, self.run, self.meta, self.state.step, self.folder.root)
+            export_trained(load_trained(self.folder.root, device="cpu"), self.folder.root, pipeline=self.run.export)
             self.tracker.say(f"pipeline written to {self.folder.root}")
         self.tracker.say("finished", step=self.state.step)
         write_report(self.folder.root)
@@ -148,20 +151,15 @@ def start(
     folder = RunDir(Path(run.output))
     device = pick_device(run.train.device, local_rank=world.local_rank)
     precision = pick_precision(run.train.mixed_precision, device)
-    if run.train.deterministic and device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    num_steps = steps_in(run.train.duration, batch_size=run.train.batch_size, epoch_samples=len(samples))
     with ExitStack() as stack:
-        if world.leads:
-            stack.enter_context(RunLock(folder))
-        world.barrier()
-        store = CheckpointStore(folder, keep_last=run.checkpoint.keep_last, keep_every=run.checkpoint.keep_every)
-        stack.callback(store.close)
-        found, changes = world.from_leader(
-            _find(run, folder, store, num_steps, resume, accept) if world.leads else None
+        stack.enter_context(_deterministic(run.train.deterministic, device))
+        stack.enter_context(torch.random.fork_rng(devices=[]))  # the caller's stream is left as it was
+        world.lead(lambda: stack.enter_context(RunLock(folder)) and None)
+        store = stack.enter_context(
+            CheckpointStore(folder, keep_last=run.checkpoint.keep_last, keep_every=run.checkpoint.keep_every)
         )
-        loaded = store.load(found) if found else None
+        origin = world.lead(lambda: _origin(run, folder, store, len(samples), resume, accept))
+        loaded = store.load(origin.checkpoint) if origin.checkpoint else None
 
         loader = Loader(
             samples,
@@ -175,28 +173,41 @@ def start(
         facts = DataFacts(size=run.data.size, class_names=samples.class_names)
         torch.default_generator.manual_seed(integer_seed(run.seed, "weights"))
         task = run.task.build(facts)
-        _check_frozen(run, task)
+        check_wishes(task, run)
         stages = {
             name: Stage(name, net, run, world=world, device=device, fp16=precision == "fp16")
             for name, net in task.nets.items()
         }
-        state = TrainState(stages, num_steps, run.train.batch_size)
-        meta = _meta(run, samples, facts, device, precision, world) | {"started_from": _origin(loaded, found, folder)}
-        tracker = Tracker(folder, [part.open() for part in run.track.log], dump(run), num_steps=num_steps)
-        if loaded:
-            _check_data(loaded, meta, found)
+        state = TrainState(stages, run.train.batch_size)
+        meta = _meta(run, samples, facts, device, precision, world) | {"started_from": origin.started_from}
+        before = dict(loaded.manifest.meta) if loaded else None
+        if loaded and before:
+            _check_data(before, meta, str(origin.checkpoint))
             state.load(loaded.files, loaded.state, leads=world.leads)
+        state.num_steps = last_step(
+            run.train.duration,
+            step=state.step,
+            samples_seen=state.samples_seen,
+            batch_size=run.train.batch_size,
+            epoch_samples=len(samples),
+        )
+        # Nothing of an old run is removed before the new one is known to be possible.
+        if origin.replaces and world.leads:
+            clear(folder)
+        world.barrier()
         ledger = Ledger.restore(
             loaded.state["ledger"] if loaded else None,
             folder.ledger if world.leads else None,
             num_samples=len(samples),
             max_bad_fraction=run.data.max_bad_fraction,
         )
+        del loaded  # its tensors are mapped from files, whose space a pruned checkpoint would go on taking
+        tracker = Tracker(folder, [part.open() for part in run.track.log], dump(run), num_steps=state.num_steps)
         if world.leads:
             write_json(folder.config, dump(run))
             tracker.start(state.step)
             stack.callback(tracker.close)
-            _tell(tracker, state, store, loaded, found, changes, meta)
+            _tell(tracker, state, store, origin, before, meta)
         c = Context(
             run=run,
             world=world,
@@ -210,84 +221,59 @@ def start(
             state=state,
             store=store,
             tracker=tracker,
+            stop=stop,
             every=_every(run, len(samples)),
             meta=meta,
             _recorded=state.samples_seen,
         )
         stop.saves_first = True
-        yield c
+        with _failures_recorded(c):
+            yield c
 
 
-def _find(
-    run: RunConfig, folder: RunDir, store: CheckpointStore, num_steps: int, resume: str, accept: bool
-) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, if any, and the accepted changes since."""
+@contextmanager
+def _deterministic(wanted: bool, device: torch.device) -> Iterator[None]:
+    """Choose repeatable algorithms on a GPU, and put the choice of before back; on a CPU all are repeatable."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = deterministic  # its type is not told to checkers
+    filled = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    memory.fill_uninitialized_memory = False  # it costs a kernel for every new tensor
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = filled
+
+
+@contextmanager
+def _failures_recorded(c: Context) -> Iterator[None]:
+    """Leave a word in events.jsonl about how a run ended, if not by being done."""
+    try:
+        yield
+    except Exception as error:
+        if c.world.leads:
+            c.tracker.say(f"ended at step {c.state.step}: {error}", step=c.state.step, kind=type(error).__name__)
+        raise
+
+
+def _origin(
+    run: RunConfig, folder: RunDir, store: CheckpointStore, num_samples: int, resume: str, accept: bool
+) -> Origin:
     store.clean_orphans()
-    own = store.latest() if resume != "never" else next(iter(store.folders()), None)
-    if own is not None:
-        if resume not in ("auto", "never"):
-            if store.load(own).manifest.meta["started_from"] == str(Path(resume).resolve()):
-                return _find(run, folder, store, num_steps, "auto", accept)  # the same command again
-            raise ConfigError(
-                f"{folder.root} already holds a run at {own.name}, and {resume} is another. "
-                "Choose another output folder."
-            )
-        if resume == "never" and not run.overwrite:
-            raise ConfigError(
-                f"{folder.root} already holds a run at {own.name}. Go on with --resume auto, choose another output "
-                "folder, or set overwrite=true."
-            )
-        if resume == "auto":
-            before = store.load(own)
-            finished = before.state["step"] >= num_steps
-            try:
-                changes = compare(before.manifest.meta["config"], dump(run), accept=accept, where=str(own))
-                if not (run.overwrite and finished):
-                    return own, [str(change) for change in changes]
-            except ConfigError:
-                if not run.overwrite:
-                    raise
-        _clear(folder)
-        return None, []
-    if resume in ("auto", "never"):
-        return None, []
-    before = store.load(Path(resume))
-    changes = compare(before.manifest.meta["config"], dump(run), accept=accept, where=resume)
-    return Path(resume), [str(change) for change in changes]
+    clean_exports(folder.root)
+    return find_origin(run, folder, store, num_samples=num_samples, resume=resume, accept=accept)
 
 
-def _origin(loaded: Loaded | None, found: Path | None, folder: RunDir) -> str | None:
-    """The checkpoint of another run that this one began with, if any."""
-    if loaded is None or found is None:
-        return None
-    if found.resolve().is_relative_to(folder.root.resolve()):
-        return loaded.manifest.meta["started_from"]  # type: ignore[no-any-return]
-    return str(found.resolve())
-
-
-def _clear(folder: RunDir) -> None:
-    """Remove what a run wrote, and nothing else that stands in its folder."""
-    for path in (folder.checkpoints, folder.samples, folder.tensorboard, folder.replay):
-        shutil.rmtree(path, ignore_errors=True)
-    for path in (folder.config, folder.metrics, folder.ledger, folder.events, folder.report, folder.error_log):
-        path.unlink(missing_ok=True)
-
-
-def _check_frozen(run: RunConfig, task: Task) -> None:
-    unknown = [name for name in run.train.freeze if name not in task.nets]
-    if unknown:
+def _check_data(before: Mapping[str, Any], meta: Mapping[str, Any], where: str) -> None:
+    if before["fingerprint"] != meta["fingerprint"]:
         raise ConfigError(
-            [f"train.freeze: {name!r} is no network of this task.{did_you_mean(name, task.nets)}" for name in unknown]
-        )
-    if set(run.train.freeze) == set(task.nets):
-        raise ConfigError(f"train.freeze names every network ({', '.join(task.nets)}), so nothing would be trained.")
-
-
-def _check_data(loaded: Loaded, meta: dict[str, Any], found: Path) -> None:
-    before, now = loaded.manifest.meta["fingerprint"], meta["fingerprint"]
-    if before != now:
-        raise ConfigError(
-            f"The data is not what {found} was trained on: its fingerprint was {before}, and is {now}. "
+            f"The data is not what {where} was trained on: its fingerprint was {before['fingerprint']}, "
+            f"and is {meta['fingerprint']}. "
             "Put the data back, or choose another output folder."
         )
 
@@ -314,28 +300,29 @@ def _tell(
     tracker: Tracker,
     state: TrainState,
     store: CheckpointStore,
-    loaded: Loaded | None,
-    found: Path | None,
-    changes: Sequence[str],
-    meta: dict[str, Any],
+    origin: Origin,
+    before: Mapping[str, Any] | None,
+    meta: Mapping[str, Any],
 ) -> None:
     """Say how the run starts, and whatever may make its bits differ from before."""
+    now = meta["environment"]
+    if origin.replaces:
+        tracker.say(f"replaced {origin.replaces}")
     for warning in store.warnings:
         tracker.say(warning)
-    if loaded is None:
-        tracker.say(
-            f"training from scratch, {state.num_steps} steps",
-            num_steps=state.num_steps,
-            environment=meta["environment"],
-        )
+    if now["device"].startswith("cpu") and now["precision"] == "fp16":
+        tracker.say("fp16 is slow on a CPU; train.mixed_precision=auto takes what this machine is fast at")
+    if before is None:
+        tracker.say(f"training from scratch, {state.num_steps} steps", num_steps=state.num_steps, environment=now)
         return
-    for change in changes:
-        tracker.say(f"accepted change {change}")
-    before, now = loaded.manifest.meta["environment"], meta["environment"]
-    different = [f"{key} was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key]]
+    for change in origin.changes:
+        if change.kind == "schedule":
+            tracker.say(f"accepted change {change}")
+    then = before["environment"]
+    different = [f"{key} was {then.get(key)}, is {now[key]}" for key in now if then.get(key) != now[key]]
+    different += [f"{c.path} was {c.before}, is {c.after}" for c in origin.changes if c.rounds]
     if different:
-        tracker.say(f"not the machine or versions of before, so the bits may differ: {'; '.join(different)}")
+        tracker.say(f"not as before, so the last bits may differ: {'; '.join(different)}")
     word = "already finished" if state.done else "resuming"
-    tracker.say(
-        f"{word} at step {state.step} of {state.num_steps}, from {found}", num_steps=state.num_steps, environment=now
-    )
+    where = f"at step {state.step} of {state.num_steps}, from {origin.checkpoint}"
+    tracker.say(f"{word} {where}", num_steps=state.num_steps, environment=now)

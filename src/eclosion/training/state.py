@@ -1,7 +1,6 @@
 """What a run changes as it goes: one stage per network, and the position in the data."""
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,7 +44,9 @@ class Stage:
         self.module = module.to(device)
         if layout:
             self.module.to(memory_format=torch.channels_last)
-        self.module.train(self.trained).requires_grad_(self.trained)
+        self.module.train(self.trained)
+        for p in self.module.parameters():
+            p.requires_grad_(p.requires_grad and self.trained)  # a network may hold constants of its own
         if train.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()  # type: ignore[operator]
         copies = [copy.deepcopy(self.module) for _ in config.ema.decays]
@@ -73,17 +74,15 @@ class Stage:
         """The network that makes pictures: the first average, or the network itself if there is none."""
         return self.emas[0].net if self.emas else self.module
 
-    def accumulate(self, losses: Tensor, weight: Tensor, *, last: bool) -> None:
+    def accumulate(self, losses: Tensor, weight: Tensor) -> None:
         """Add the gradients of one micro-batch.
 
         Args:
             losses: float32 [B], one per image.
             weight: float32 [B], 0 for an image that was not delivered.
-            last: whether the step ends with this micro-batch.
         """
         weighted = losses * weight
-        with self.world.without_sync(self.net, last):
-            (weighted.sum() * (self.scale.value / self._images)).backward()  # type: ignore[no-untyped-call]
+        (weighted.sum() * (self.scale.value / self._images)).backward()  # type: ignore[no-untyped-call]
         self._step_sum += weighted.detach().sum()
         self._step_count += weight.sum()
 
@@ -103,7 +102,7 @@ class Stage:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optimizer, step, num_steps)
         self._step(skip)
-        if self.device.type != "cpu":
+        if self.device.type == "cuda":
             self._average(step, skip.float())
         elif not skip:
             self._average(step, None)
@@ -125,11 +124,12 @@ class Stage:
         divisor = self.scale.value
         if limit is not None:
             divisor = divisor * (self.norm / limit).clamp(min=1)
-        if self.split:  # the fused kernel takes no plain scalar beside tensors that are split
+        # The fused kernel takes no plain scalar beside tensors that are split, and none at all on Apple's GPUs.
+        if self.split or self.device.type == "mps":
             if not skip:
                 torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], float(divisor))
                 self.optimizer.step()
-        elif self.device.type != "cpu" or not skip:
+        elif self.device.type == "cuda" or not skip:
             # The fused kernel divides the gradients as it reads them, and does nothing where found_inf is 1.
             self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]
             self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
@@ -141,12 +141,17 @@ class Stage:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything to keep, by file and name. Every process must ask; weights split over processes are gathered."""
-        files = {self.name: full_tensors(self.module.state_dict())}
+        keep = self.world.leads
+        files = {self.name: full_tensors(self.module.state_dict(), keep=keep)}
         for suffix, ema in self._ema_files():
-            files[f"{self.name}.{suffix}"] = full_tensors(ema.net.state_dict())
-        slots = {"loss_scale": self.scale.value, "loss_scale.good_steps": self.scale.good_steps}
-        files[f"{self.name}.optimizer"] = slots | full_tensors(self._slots())
+            files[f"{self.name}.{suffix}"] = full_tensors(ema.net.state_dict(), keep=keep)
+        files[f"{self.name}.optimizer"] = self._scale_slots() | full_tensors(self._slots(), keep=keep)
         return files
+
+    def _scale_slots(self) -> dict[str, Tensor]:
+        if not self.scale.enabled:
+            return {}
+        return {"loss_scale": self.scale.value, "loss_scale.good_steps": self.scale.good_steps}
 
     def _ema_files(self) -> list[tuple[str, Ema]]:
         return [("ema" if i == 0 else f"ema-{ema.decay}", ema) for i, ema in enumerate(self.emas)]
@@ -165,15 +170,18 @@ class Stage:
         for suffix, ema in self._ema_files():
             _fill(ema.net.state_dict(), files.get(f"{self.name}.{suffix}", {}), f"{self.name}.{suffix}")
         slots = files.get(f"{self.name}.optimizer", {})
-        self.scale.value.copy_(slots["loss_scale"])
-        self.scale.good_steps.copy_(slots["loss_scale.good_steps"])
-        if self.optimizer is None or len(slots) == 2:
+        for name, value in self._scale_slots().items():
+            if name in slots:  # not when the precision was another one
+                value.copy_(slots[name])
+        if self.optimizer is None:
             return
         for name, p in self.module.named_parameters():
-            if p.requires_grad:
-                state: dict[str, Tensor] = {"step": torch.zeros((), device=self.device)}
-                state |= {slot: torch.zeros_like(p) for slot in ("exp_avg", "exp_avg_sq")}
-                saved = {slot: slots[f"{name}.{slot}"] for slot in state if f"{name}.{slot}" in slots}
+            if not p.requires_grad:
+                continue
+            state: dict[str, Tensor] = {"step": torch.zeros((), device=self.device)}
+            state |= {slot: torch.zeros_like(p) for slot in ("exp_avg", "exp_avg_sq")}
+            saved = {slot: slots[f"{name}.{slot}"] for slot in state if f"{name}.{slot}" in slots}
+            if saved:  # not for a parameter that never had a gradient
                 _fill(state, saved, f"{self.name}.optimizer {name}")
                 self.optimizer.state[p] = state
 
@@ -200,16 +208,16 @@ class TrainState:
 
     Attributes:
         stages: one per network, by name.
-        num_steps: optimizer updates of the whole run.
         batch_size: images per update, over all processes.
+        num_steps: optimizer updates of the whole run.
         step: updates so far.
         samples_seen: images so far, over all processes; the position in the data.
         last_loss: loss at the last log, by stage.
     """
 
     stages: dict[str, Stage]
-    num_steps: int
     batch_size: int
+    num_steps: int = 0
     step: int = 0
     samples_seen: int = 0
     last_loss: dict[str, float] = field(default_factory=dict)
@@ -247,9 +255,8 @@ class TrainState:
         for stage in self.trained:
             end = f"/{stage.name}" if len(self.trained) > 1 else ""
             total = world.sum(torch.stack([stage.loss_sum, stage.loss_count]))
-            loss = float(total[0] / total[1]) if total[1] else math.nan
-            self.last_loss[stage.name] = loss
-            numbers[f"train/loss{end}"] = loss
+            if total[1]:  # else no image was delivered
+                self.last_loss[stage.name] = numbers[f"train/loss{end}"] = float(total[0] / total[1])
             numbers[f"train/grad_norm{end}"] = float(stage.norm)
             assert stage.optimizer is not None
             numbers[f"train/lr{end}"] = float(stage.optimizer.param_groups[0]["lr"])
