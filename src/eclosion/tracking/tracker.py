@@ -63,10 +63,14 @@ class Tracker:
 
     def say(self, text: str, **facts: Any) -> None:
         """Show one line of what is happening, and keep it with its facts in events.jsonl."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        append_line(self.run.events, {"time": now, "event": text, **facts})
+        self.note(text, **facts)
         for logger in self.loggers:
             logger.say(text)
+
+    def note(self, text: str, **facts: Any) -> None:
+        """Keep one line with its facts in events.jsonl."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        append_line(self.run.events, {"time": now, "event": text, **facts})
 
     def close(self) -> None:
         """End all loggers."""

@@ -154,7 +154,7 @@ def start(
     with ExitStack() as stack:
         stack.enter_context(_deterministic(run.train.deterministic, device))
         stack.enter_context(torch.random.fork_rng(devices=[]))  # the caller's stream is left as it was
-        world.lead(lambda: stack.enter_context(RunLock(folder)) and None)
+        world.lead(lambda: _hold(stack, RunLock(folder)))
         store = stack.enter_context(
             CheckpointStore(folder, keep_last=run.checkpoint.keep_last, keep_every=run.checkpoint.keep_every)
         )
@@ -231,6 +231,10 @@ def start(
             yield c
 
 
+def _hold(stack: ExitStack, lock: RunLock) -> None:
+    stack.enter_context(lock)
+
+
 @contextmanager
 def _deterministic(wanted: bool, device: torch.device) -> Iterator[None]:
     """Choose repeatable algorithms on a GPU, and put the choice of before back; on a CPU all are repeatable."""
@@ -257,7 +261,7 @@ def _failures_recorded(c: Context) -> Iterator[None]:
         yield
     except Exception as error:
         if c.world.leads:
-            c.tracker.say(f"ended at step {c.state.step}: {error}", step=c.state.step, kind=type(error).__name__)
+            c.tracker.note(f"ended at step {c.state.step}: {error}", step=c.state.step, kind=type(error).__name__)
         raise
 
 
