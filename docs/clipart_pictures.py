@@ -80,7 +80,7 @@ def loss_curve(run: RunDir, *, width: int = 720, height: int = 320) -> Image.Ima
     highest = float(np.ceil(loss.max() * 10) / 10)
 
     def place(step: float, value: float) -> tuple[float, float]:
-        return left + (width - left - 16) * step / steps[-1], bottom - (bottom - top) * value / highest
+        return left + (width - left - 28) * step / steps[-1], bottom - (bottom - top) * value / highest
 
     for tick in np.linspace(0, highest, 5):
         pen.line([place(0, tick), place(steps[-1], tick)], fill="#e4e0d8")
