@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from eclosion.errors import EnvironmentProblem
+from eclosion.errors import ConfigError, EnvironmentProblem
 from eclosion.report import write_report
 from eclosion.report.curves import MAX_POINTS, Series, linear_axis, log_axis, running_mean, short, thin
 from eclosion.report.grids import MAX_GRIDS, choose
@@ -441,8 +441,8 @@ def test_a_page_that_cannot_be_written_is_one_line_and_leaves_nothing_behind(run
         write_report(run.root)
     assert "\n" not in str(caught.value)
     assert sorted(run.root.iterdir()) == before
-    with pytest.raises(EnvironmentProblem, match="No such file"):
-        write_report(RunDir(run.root / "missing"))
+    with pytest.raises(ConfigError, match="is no run folder"):
+        write_report(run.root / "missing")
 
 
 WORDS = st.sampled_from(
