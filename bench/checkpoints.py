@@ -28,43 +28,53 @@ SAVE_GOAL, LOAD_GOAL = Goal(0.12, 0.06), Goal(0.25, 0.15)
 WARMUPS, ROUNDS = 2, 9
 
 
+class _Other:
+    """The same state as a script keeps it: network, averages and optimizer of torch, in one file.
+
+    Args:
+        network: what is trained.
+        path: the file.
+    """
+
+    def __init__(self, network: Network, path: Path) -> None:
+        self.path = path
+        self._net, self._ema = network.build(), network.build()
+        self._optimizer = torch.optim.AdamW(self._net.parameters())
+        for p in self._net.parameters():
+            p.grad = torch.randn_like(p)
+        self._optimizer.step()  # makes the moments
+        self._optimizer.zero_grad()
+
+    def save(self) -> None:
+        """Write everything with torch.save."""
+        parts = {"model": self._net, "ema": self._ema, "optimizer": self._optimizer}
+        torch.save({name: part.state_dict() for name, part in parts.items()} | {"step": 1}, self.path)
+
+    def read(self) -> dict[str, Any]:
+        """What torch.load gives."""
+        return torch.load(self.path, weights_only=True)
+
+    def load(self) -> None:
+        """Read, and put it into the networks and the optimizer."""
+        state = self.read()
+        self._net.load_state_dict(state["model"])
+        self._ema.load_state_dict(state["ema"])
+        self._optimizer.load_state_dict(state["optimizer"])
+
+
 @dataclass
 class _Run:
-    """A run after one step, so that the optimizer has its moments.
+    """A run after two steps, so that the optimizer has its moments.
 
     Attributes:
         context: as the loop has it.
         step_seconds: how long its second step took on the wall.
-        other: the file that torch writes.
+        other: the peer's side.
     """
 
     context: Context
     step_seconds: float
-    other: Path
-
-    def save_other(self) -> None:
-        """The same state with torch.save."""
-        stage = self.context.state.trained[0]
-        torch.save(
-            {
-                "model": stage.module.state_dict(),
-                "ema": stage.emas[0].net.state_dict(),
-                "optimizer": stage.optimizer.state_dict(),
-                "step": self.context.state.step,
-            },
-            self.other,
-        )
-
-    def load_other(self) -> dict[str, Any]:
-        """What torch.load gives."""
-        return torch.load(self.other, weights_only=True)
-
-    def take_other(self, state: dict[str, Any]) -> None:
-        """Put it into the networks and the optimizer."""
-        stage = self.context.state.trained[0]
-        stage.module.load_state_dict(state["model"])
-        stage.emas[0].net.load_state_dict(state["ema"])
-        stage.optimizer.load_state_dict(state["optimizer"])
+    other: _Other
 
     def take(self, loaded: Loaded) -> None:
         """Put what our store gave into the networks and the optimizer."""
@@ -86,7 +96,7 @@ def _run(network: Network) -> Iterator[_Run]:
             steps = context.loader.steps(0)
             seconds = [_train_one(context, next(steps)) for _ in range(2)]
             steps.close()
-            yield _Run(context, seconds[-1], folder / "other.pt")
+            yield _Run(context, seconds[-1], _Other(network, folder / "other.pt"))
 
 
 def _train_one(context: Context, batches: Any) -> float:
@@ -111,8 +121,8 @@ def save(*, quick: bool) -> Iterator[Row]:
     with _run(network) as run:
         contention = Contention.begin()
         for _ in range(warmups + rounds):
-            theirs.append(_seconds(run.save_other))
-            run.other.unlink()
+            theirs.append(_seconds(run.other.save))
+            run.other.path.unlink()
             ours.append(_seconds(run.context.save))
             written.append(ours[-1][1] + _seconds(run.wait)[1])
             _advance(run.context)
@@ -150,7 +160,7 @@ def load(*, quick: bool) -> Iterator[Row]:
     """S7: a checkpoint of ours, with every byte verified and without, against torch.load; files in the page cache."""
     network = SMOKE if quick else COMPUTE_BOUND
     with _run(network) as run:
-        run.save_other()
+        run.other.save()
         run.context.save(wait=True)
         folder = run.context.folder
         checkpoint = folder.checkpoint(run.context.state.step)
@@ -163,9 +173,9 @@ def load(*, quick: bool) -> Iterator[Row]:
             return storage.read(checkpoint, verified=False)
 
         for name, read in [("verified", verified), ("unverified", unverified)]:
-            whole = partial(_take_ours, run, read), partial(_take_theirs, run)
+            whole = partial(_take_ours, run, read), run.other.load
             yield _load_row(network, name, "from the file into the networks and the optimizer", whole, LOAD_GOAL, quick)
-            call = read, run.load_other
+            call = read, run.other.read
             yield _load_row(network, f"{name}, the call alone", "the call", call, None, quick)
 
 
@@ -206,10 +216,6 @@ def _load_row(
 
 def _take_ours(run: _Run, read: Callable[[], Loaded]) -> None:
     run.take(read())
-
-
-def _take_theirs(run: _Run) -> None:
-    run.take_other(run.load_other())
 
 
 def _advance(context: Context) -> None:

@@ -1,4 +1,4 @@
-"""Make the pictures of the clip-art example from its run: `python docs/clipart_pictures.py runs/clipart docs/images`."""
+"""Make the pictures of the clip-art example: `python docs/clipart_pictures.py runs/clipart docs/images`."""
 
 import json
 import sys
