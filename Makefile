@@ -7,7 +7,7 @@ export OMP_NUM_THREADS = 1
 
 .PHONY: demo check lint test slow browser docs bench clean
 
-# The main job on built-in data: about three minutes, ends with a picture.
+# The main job on built-in data: about three and a half minutes, ends with a picture.
 demo: $(VENV)/ready
 	OMP_NUM_THREADS= $(BIN)/eclosion demo
 

@@ -34,7 +34,7 @@ def demo(output: str | Path = "eclosion-demo", *, steps: int | None = None) -> P
 
     Args:
         output: the run folder.
-        steps: optimizer steps; none takes the recipe's, about three minutes on two cores.
+        steps: optimizer steps; none takes the recipe's, about three and a half minutes on two cores.
 
     Returns:
         The picture, with what the network made above and real images below.

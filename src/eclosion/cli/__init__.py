@@ -119,7 +119,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("eclosion-demo"),
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; fewer are faster and show less.")] = None,
 ) -> None:
-    """Train on built-in butterflies, about three minutes on two cores, and draw samples beside real ones."""
+    """Train on built-in butterflies, about three and a half minutes on two cores, and draw samples beside real ones."""
     from eclosion.demonstration import demo
 
     picture = demo(output, steps=steps)
