@@ -12,7 +12,7 @@ from eclosion.config.schema import RunConfig
 from eclosion.errors import CheckpointError
 from eclosion.training.distributed import World, full_tensors, put
 from eclosion.training.ema import Ema
-from eclosion.training.optim import LossScale, adamw, grad_norm, learning_rate
+from eclosion.training.optim import AdamW, LossScale, grad_norm, learning_rate
 
 __all__ = ["Stage", "TrainState"]
 
@@ -58,9 +58,8 @@ class Stage:
         ]
         if train.compile:
             self.net.compile()
-        self.optimizer = adamw(self.module.parameters(), config.optimizer) if self.trained else None
+        self.optimizer = AdamW(self.module.parameters(), config.optimizer) if self.trained else None
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
-        self.split = any(hasattr(p, "device_mesh") for p in self.parameters)
         self.scale = LossScale(device, enabled=fp16)
         exact = torch.float32 if device.type == "mps" else torch.float64
         self.loss_sum, self.loss_count = torch.zeros((2,), dtype=exact, device=device)
@@ -99,8 +98,7 @@ class Stage:
         self.failed_at = torch.where((self.failed_at < 0) & failed, step, self.failed_at)
         self.norm = norm / self.scale.value
         skip = overflow | (self.failed_at >= 0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config.optimizer, step, num_steps)
+        self.optimizer.lr = learning_rate(self.config.optimizer, step, num_steps)
         self._step(skip)
         if self.device.type == "cuda":
             self._average(step, skip.float())
@@ -124,16 +122,15 @@ class Stage:
         divisor = self.scale.value
         if limit is not None:
             divisor = divisor * (self.norm / limit).clamp(min=1)
-        # The fused kernel takes no plain scalar beside tensors that are split, and none at all on Apple's GPUs.
-        if self.split or self.device.type == "mps":
+        if self.device.type == "mps":  # whose kernel divides no gradients
             if not skip:
                 torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], float(divisor))
                 self.optimizer.step()
-        elif self.device.type == "cuda" or not skip:
-            # The fused kernel divides the gradients as it reads them, and does nothing where found_inf is 1.
-            self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]
-            self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
-            self.optimizer.step()
+        elif self.device.type == "cuda":
+            self.optimizer.step(divisor, skip.float())
+        elif not skip:
+            # A divided gradient is written back, which takes a tenth of the step: not for nothing.
+            self.optimizer.step(None if divisor == 1 else divisor)
 
     def _average(self, step: int, skip: Tensor | None) -> None:
         for ema in self.emas:
@@ -161,7 +158,7 @@ class Stage:
             return {}
         names: dict[Tensor, str] = {p: name for name, p in self.module.named_parameters()}
         return {
-            f"{names[p]}.{slot}": value for p, slots in self.optimizer.state.items() for slot, value in slots.items()
+            f"{names[p]}.{slot}": value for p, slots in self.optimizer.slots.items() for slot, value in slots.items()
         }
 
     def load(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -178,12 +175,9 @@ class Stage:
         for name, p in self.module.named_parameters():
             if not p.requires_grad:
                 continue
-            state: dict[str, Tensor] = {"step": torch.zeros((), device=self.device)}
-            state |= {slot: torch.zeros_like(p) for slot in ("exp_avg", "exp_avg_sq")}
-            saved = {slot: slots[f"{name}.{slot}"] for slot in state if f"{name}.{slot}" in slots}
-            if saved:  # not for a parameter that never had a gradient
-                _fill(state, saved, f"{self.name}.optimizer {name}")
-                self.optimizer.state[p] = state
+            ours = self.optimizer.slots[p]
+            saved = {slot: slots[f"{name}.{slot}"] for slot in ours if f"{name}.{slot}" in slots}
+            _fill(ours, saved, f"{self.name}.optimizer {name}")
 
 
 def _fill(ours: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
@@ -259,7 +253,7 @@ class TrainState:
                 self.last_loss[stage.name] = numbers[f"train/loss{end}"] = float(total[0] / total[1])
             numbers[f"train/grad_norm{end}"] = float(stage.norm)
             assert stage.optimizer is not None
-            numbers[f"train/lr{end}"] = float(stage.optimizer.param_groups[0]["lr"])
+            numbers[f"train/lr{end}"] = stage.optimizer.lr
             stage.loss_sum.zero_()
             stage.loss_count.zero_()
         return numbers
