@@ -17,10 +17,11 @@ from eclosion.checkpoint import storage
 from eclosion.checkpoint.storage import Loaded
 from eclosion.checkpoint.store import CheckpointStore
 from eclosion.config.load import load as load_config
+from eclosion.training.context import Context
 from eclosion.training.distributed import World
 from eclosion.training.drawing import draw
 from eclosion.training.signals import StopSignals
-from eclosion.training.start import Context, start
+from eclosion.training.start import start
 
 __all__ = ["load", "save"]
 

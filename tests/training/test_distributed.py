@@ -14,16 +14,19 @@ import torch
 from safetensors.torch import load_file
 
 from eclosion import train
+from eclosion.errors import ConfigError
+from eclosion.training.distributed import world
+from eclosion.training.state import Stage
 
 SCRIPT = Path(__file__).with_name("train_config.py")
 
 
-def start(config, folder, *, processes=2):
+def start(config, folder, *, processes=2, script=SCRIPT):
     path = folder / f"{Path(config['output']).name}.json"
     path.write_text(json.dumps(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.Popen(
-        [*command, str(SCRIPT), str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, str(script), str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
@@ -110,27 +113,70 @@ def test_a_batch_that_cannot_be_divided_is_refused(make_config, tmp_path):
 
 
 SLOW_SAVE = """
-import json, sys, time
-from pathlib import Path
+import time
 from eclosion.checkpoint import storage
 real = storage.write
 def slow(*args, **kwargs):
     time.sleep(3)
     return real(*args, **kwargs)
 storage.write = slow
-from eclosion import train
-from eclosion.errors import UserError
-try:
-    train(json.loads(Path(sys.argv[1]).read_text()))
-except UserError as error:
-    print(error, file=sys.stderr)
-    sys.exit(error.exit_code)
 """
+
+# Writes down the loss of each image, and how often gradients were exchanged.
+WATCHED = """
+import json, os, sys, torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from eclosion.training import distributed
+from eclosion.training.state import Stage
+exchanges, losses = 0, []
+def hook(group, bucket):
+    global exchanges
+    exchanges += bucket.is_last()
+    return allreduce_hook(group, bucket)
+prepare, accumulate = distributed.World.prepare, Stage.accumulate
+def watched_prepare(self, net, how):
+    net = prepare(self, net, how)
+    net.register_comm_hook(None, hook)
+    return net
+def watched_accumulate(self, each, weight):
+    losses.append(each.tolist())
+    return accumulate(self, each, weight)
+distributed.World.prepare, Stage.accumulate = watched_prepare, watched_accumulate
+import atexit
+name = f"{sys.argv[1]}.{os.environ['RANK']}"
+atexit.register(lambda: open(name, "w").write(json.dumps({"exchanges": exchanges, "losses": losses})))
+"""
+
+# A signal comes to the second process while the picture of step 2 is drawn.
+SIGNAL_IN_A_PICTURE = """
+import os, signal
+from eclosion.training import loop
+make_images, calls = loop.make_images, 0
+def interrupted(*args, on_step, **kwargs):
+    global calls
+    calls += 1
+    drawn = 0
+    def told(*step):
+        nonlocal drawn
+        drawn += 1
+        if calls == 2 and drawn == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        on_step(*step)
+    return make_images(*args, on_step=told, **kwargs)
+loop.make_images = interrupted
+"""
+
+
+def script_of(folder, patches):
+    """A script that trains with something of eclosion replaced."""
+    path = folder / "patched.py"
+    path.write_text(patches + SCRIPT.read_text())
+    return path
 
 
 def ranks_of(config_path):
     """Process ids of the training processes."""
-    found = subprocess.run(["pgrep", "-f", f"slow.py {config_path}"], capture_output=True, text=True, check=True)
+    found = subprocess.run(["pgrep", "-f", f"patched.py {config_path}"], capture_output=True, text=True, check=True)
     return [int(pid) for pid in found.stdout.split()]
 
 
@@ -139,13 +185,8 @@ def test_signals_that_come_apart_or_twice_still_leave_a_checkpoint(first, make_c
     """A launcher passes on a signal that its children got already; nodes get theirs at different times."""
     config = without_dropout(make_config(tmp_path / "run", train={"duration": "4000 steps"}))
     config["checkpoint"]["every"] = "4000 steps"
-    path, script = tmp_path / "run.json", tmp_path / "slow.py"
-    path.write_text(json.dumps(config))
-    script.write_text(SLOW_SAVE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = subprocess.Popen(
-        [*command, str(script), str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    path = tmp_path / "run.json"
+    process = start(config, tmp_path, script=script_of(tmp_path, SLOW_SAVE))
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not metrics.exists() or metrics.stat().st_size == 0:
@@ -190,3 +231,67 @@ def test_a_refusal_of_the_leader_is_told_by_all(make_config, tmp_path):
     assert "would make it another run" in output
     assert "process 1 stops with process 0" in output
     assert "Connection closed" not in output
+
+
+@pytest.mark.parametrize("micro_batch_size", [4, 2])
+def test_images_have_the_same_losses_in_two_processes_and_gradients_travel_once_a_step(
+    micro_batch_size, make_config, tmp_path
+):
+    """Loss of each image against one process alone, while the weights have moved only a little apart."""
+    sections = {"train": {"duration": "3 steps", "micro_batch_size": micro_batch_size}, "sample": {"num_images": 0}}
+    config = without_dropout(make_config(tmp_path / "two", **sections))
+    code, output = finish(start(config, tmp_path, script=script_of(tmp_path, WATCHED)))
+    assert code == 0, output
+    ranks = [json.loads((tmp_path / f"two.json.{rank}").read_text()) for rank in range(2)]
+    assert [rank["exchanges"] for rank in ranks] == [4, 4]  # a pass to warm up, and one for each step
+    two, per_step = [], 4 // micro_batch_size
+    for step in range(3):
+        cut = slice(1 + step * per_step, 1 + (step + 1) * per_step)
+        two += [loss for rank in ranks for micro in rank["losses"][cut] for loss in micro]
+
+    one = []
+    accumulate = Stage.accumulate
+
+    def watched(self, losses, weight):
+        one.extend(losses.tolist())
+        return accumulate(self, losses, weight)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stage, "accumulate", watched)
+        train(without_dropout(make_config(tmp_path / "one", **sections)))
+    assert len(one) == len(two) == 24
+    assert one == pytest.approx(two, rel=1e-5)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_signal_inside_a_picture_leaves_a_checkpoint_to_go_on_from(parallel, make_config, results, tmp_path):
+    """With split weights every call of a network is a meeting: all processes must leave at the same one."""
+    sections = {
+        "train": {"duration": "6 steps", "parallel": parallel},
+        "sample": {"every": "2 steps", "num_images": 2, "sampler": {"name": "ddim", "num_inference_steps": 8}},
+        "checkpoint": {"every": "100 steps"},
+    }
+    config = make_config(tmp_path / "run", **sections)
+    code, output = finish(start(config, tmp_path, script=script_of(tmp_path, SIGNAL_IN_A_PICTURE)))
+    assert code != 0
+    assert "stopped at step 2, which is saved" in output, output
+    assert not (tmp_path / "run" / "samples" / "step-00000002.png").exists()
+    code, output = finish(start(config, tmp_path))
+    assert code == 0, output
+    assert "resuming at step 2" in output
+    code, output = finish(start(make_config(tmp_path / "whole", **sections), tmp_path))
+    assert code == 0, output
+    assert results(tmp_path / "run") == results(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
+def test_an_environment_that_names_half_a_world_is_refused(name, monkeypatch):
+    given = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", name: "two"}
+    for key, value in given.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ConfigError, match=f"{name} is 'two', which is no number"), world("cpu"):
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK")
+    with pytest.raises(ConfigError, match="RANK is None"), world("cpu"):
+        pass

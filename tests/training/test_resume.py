@@ -306,3 +306,23 @@ def test_training_leaves_the_callers_random_stream_alone(make_config, tmp_path):
     torch.manual_seed(3)
     train(make_config(tmp_path / "run", train={"duration": "1 steps"}))
     assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
+def test_a_checkpoint_that_was_loaded_is_not_kept_open(make_config, uninterrupted, tmp_path, monkeypatch):
+    """Else the space of checkpoints that were removed is not given back while the run goes on."""
+    from eclosion.training import loop
+
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000012")
+    mapped = []
+    draw = loop.draw
+
+    def looking(*args):
+        mapped.append(str(tmp_path / "run" / "checkpoints") in Path("/proc/self/maps").read_text())
+        return draw(*args)
+
+    monkeypatch.setattr(loop, "draw", looking)
+    train(make_config(tmp_path / "run"))
+    assert mapped
+    assert not any(mapped)

@@ -215,3 +215,16 @@ def test_a_frozen_network_does_not_move():
     assert not any(p.requires_grad for p in stage.module.parameters())
     assert not stage.module.training
     assert "unet" in stage.tensors()
+
+
+def test_what_a_network_froze_itself_stays_as_it_is():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.SiLU(), torch.nn.Linear(8, 1))
+    net[0].weight.requires_grad_(False)
+    stage = Stage("unet", net, make_run(), world=World(), device=CPU, fp16=False)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    one_step(stage, inputs())
+    moved = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"0.bias", "2.weight", "2.bias"}
+    assert {name.rpartition(".")[0] for name in stage.tensors()["unet.optimizer"]} == moved
+    assert torch.equal(stage.emas[0].net[0].weight, before["0.weight"])

@@ -8,11 +8,12 @@ from eclosion.device import autocast, memory_gb
 from eclosion.errors import Interrupted
 from eclosion.report import write_report
 from eclosion.sampling import grid, make_images, save_png
+from eclosion.training.context import Context
 from eclosion.training.distributed import World
 from eclosion.training.drawing import draw
 from eclosion.training.replay import diverged
 from eclosion.training.signals import StopRequested, StopSignals
-from eclosion.training.start import Context, start
+from eclosion.training.start import start
 
 __all__ = ["run_until_done"]
 

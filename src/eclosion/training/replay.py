@@ -16,7 +16,7 @@ from eclosion.training.distributed import full_tensors
 from eclosion.training.drawing import draw
 
 if TYPE_CHECKING:
-    from eclosion.training.start import Context
+    from eclosion.training.context import Context
 
 __all__ = ["diverged"]
 

@@ -1,0 +1,124 @@
+"""Everything a run works with, and what it does with several of them at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from eclosion.checkpoint.store import CheckpointStore
+from eclosion.config.schema import RunConfig
+from eclosion.data.batch import Batch, Skip
+from eclosion.data.ledger import Ledger
+from eclosion.data.loader import Loader
+from eclosion.data.source import Samples
+from eclosion.exporting import export_trained
+from eclosion.report import write_report
+from eclosion.rundir import RunDir
+from eclosion.sampling import load_trained
+from eclosion.tasks.task import Task
+from eclosion.tracking.tracker import Tracker
+from eclosion.training.distributed import World
+from eclosion.training.signals import StopSignals
+from eclosion.training.state import TrainState
+
+__all__ = ["Context", "Every"]
+
+
+@dataclass(frozen=True)
+class Every:
+    """How many steps lie between two of each kind."""
+
+    log: int
+    checkpoint: int
+    sample: int
+
+
+@dataclass
+class Context:
+    """Everything a run works with, made once at its start.
+
+    Attributes:
+        run, world: the config, and the processes that share the work.
+        folder: the run folder.
+        device, precision: where and how networks run.
+        samples, loader, ledger: the data, its batches by position, and their account.
+        task: on the prepared networks.
+        state: what changes as the run goes.
+        store, tracker: checkpoints, and numbers; only the leading process writes.
+        stop: where signals are noted.
+        every: what happens how often.
+        meta: what each checkpoint says of itself.
+    """
+
+    run: RunConfig
+    world: World
+    folder: RunDir
+    device: torch.device
+    precision: Any
+    samples: Samples
+    loader: Loader
+    ledger: Ledger
+    task: Task
+    state: TrainState
+    store: CheckpointStore
+    tracker: Tracker
+    stop: StopSignals
+    every: Every
+    meta: dict[str, Any]
+    _recorded: int = 0
+    _skipped: list[Skip] = field(default_factory=list)
+
+    def looks_at_device(self) -> bool:
+        """Whether a scalar may be read now: on a CPU always, else only when something else reads one."""
+        every, state = self.every, self.state
+        return self.device.type == "cpu" or any(map(state.due, (every.log, every.checkpoint, every.sample)))
+
+    def account(self, micro_batches: Sequence[Batch]) -> None:
+        """Enter a step into the ledger; processes pool what they skipped when an epoch ends."""
+        self._skipped += [skip for batch in micro_batches for skip in batch.skipped]
+        epoch = len(self.samples)
+        if self.state.samples_seen // epoch > self._recorded // epoch:
+            self._settle()
+
+    def _settle(self) -> None:
+        skipped = [skip for part in self.world.gather(self._skipped) for skip in part]
+        if self.world.leads:
+            for skip in skipped:
+                self.tracker.say(f"skipped {skip.name}: {skip.detail}", position=skip.position, reason=skip.reason)
+        # Only the ledger knows what all processes skipped; if that is too much, all must stop.
+        self.world.lead(lambda: self.ledger.record(range(self._recorded, self.state.samples_seen), skipped))
+        self._recorded, self._skipped = self.state.samples_seen, []
+
+    def log(self, numbers: dict[str, float]) -> None:
+        """Keep and show numbers."""
+        if self.world.leads:
+            self.tracker.log(numbers, step=self.state.step, samples_seen=self.state.samples_seen)
+
+    def save(self, *, wait: bool = False) -> None:
+        """Write a checkpoint; every process must come, the leading one writes."""
+        self._settle()
+        files, numbers = self.state.tensors(), self.state.numbers(self.world)
+        if self.world.leads:
+            state = numbers | {"ledger": self.ledger.state()}
+            self.store.save(self.state.step, files, state, self.meta, wait=wait)
+        self.world.barrier()
+
+    def preview_missing(self) -> bool:
+        """Whether the grid of this step was due and is not there: at step 0, or after a kill."""
+        missing = self.state.due(self.every.sample) and not self.folder.sample_grid(self.state.step).exists()
+        return bool(self.world.from_leader(missing))
+
+    def finish(self) -> None:
+        """What follows the last step: the checkpoint on disk, the pipeline, the report. Can be left and done again."""
+        self.store.close()
+        self.stop.on_step()
+        self.stop.saves_first = False  # all is saved: a signal may now leave from anywhere
+        self.world.barrier()
+        if not self.world.leads:
+            return
+        if self.run.export != "no":
+            export_trained(load_trained(self.folder.root, device="cpu"), self.folder.root, pipeline=self.run.export)
+            self.tracker.say(f"pipeline written to {self.folder.root}")
+        self.tracker.say("finished", step=self.state.step)
+        write_report(self.folder.root)
