@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from eclosion.data.folder import FolderSource
+from eclosion.data.images import decode
 from eclosion.errors import BadSample, ConfigError, DataError
 
 
@@ -45,7 +46,7 @@ def test_images_are_found_in_sub_folders_by_suffix_in_any_case_in_the_order_of_t
     for index, name in enumerate(samples.names):
         sample = samples.read(index)
         assert sample.name == samples.name(index) == f"{tmp_path}/{name}"
-        assert sample.image.size == (3, 2)
+        assert decode(sample.image, sample.name).size == (3, 2)
         assert (sample.caption, sample.label) == (None, None)
 
 
@@ -244,5 +245,5 @@ def test_names_of_any_bytes_stay_on_one_line(tmp_path):
     assert samples.name(0) == f"{tmp_path}/a\\nb\\udcff\\x1b[31m.png"
     assert samples.fingerprint
     with pytest.raises(BadSample) as caught:
-        samples.read(0)
+        decode(samples.read(0).image, samples.name(0))
     assert str(caught.value).isprintable()

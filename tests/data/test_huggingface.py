@@ -13,6 +13,7 @@ pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402 - after it is known to be there
 
 from eclosion.data.huggingface import HuggingFaceSource  # noqa: E402
+from eclosion.data.images import decode  # noqa: E402
 from eclosion.errors import BadSample, ConfigError, DataError  # noqa: E402
 
 
@@ -92,7 +93,7 @@ def test_every_way_to_store_images_gives_the_same_images(how, tmp_path):
     samples = source.open()
     assert len(samples) == 5
     for i in range(5):
-        np.testing.assert_array_equal(np.asarray(samples.read(i).image), pixels(i))
+        np.testing.assert_array_equal(np.asarray(decode(samples.read(i).image, "one")), pixels(i))
         assert samples.read(i).name == samples.name(i)
         assert f"data{'.parquet' if how == 'parquet file' else ''} train[{i}]" in samples.name(i)
     assert source.open().fingerprint == samples.fingerprint
@@ -131,7 +132,7 @@ def test_a_column_of_bytes_can_be_named(tmp_path):
     path = tmp_path / "blobs.parquet"
     pq.write_table(pa.table({"a": [png(1), png(2)], "b": [png(3), png(4)]}), path)
     samples = HuggingFaceSource(path=str(path), image_column="b").open()
-    np.testing.assert_array_equal(np.asarray(samples.read(1).image), pixels(4))
+    np.testing.assert_array_equal(np.asarray(decode(samples.read(1).image, "one")), pixels(4))
 
 
 def test_rows_are_read_from_many_threads_at_once(tmp_path):
@@ -142,7 +143,10 @@ def test_rows_are_read_from_many_threads_at_once(tmp_path):
         for k in range(rounds):
             index = (thread + k) % 5
             sample = samples.read(index)
-            if not np.array_equal(np.asarray(sample.image), pixels(index)) or sample.caption != f"text {index}":
+            if (
+                not np.array_equal(np.asarray(decode(sample.image, "one")), pixels(index))
+                or sample.caption != f"text {index}"
+            ):
                 wrong.append((thread, index))
 
     threads = [threading.Thread(target=read, args=(i,)) for i in range(8)]
@@ -179,7 +183,7 @@ def test_what_a_row_lacks_makes_it_a_bad_sample(tmp_path):
         (4, "label", f"{path} train[4]: has no class in column 'label' (it holds None)."),
     ]:
         with pytest.raises(BadSample) as caught:
-            samples.read(index)
+            decode(samples.read(index).image, samples.name(index))
         assert caught.value.reason == reason
         assert str(caught.value).startswith(message)
 

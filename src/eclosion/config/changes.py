@@ -24,6 +24,9 @@ IDENTITY = (
     "data.horizontal_flip",
     "data.background",
     "data.shuffle",
+    "data.shuffle_window",
+    "data.resample",
+    "data.epoch_samples",
     "ema.decays",
 )
 SCHEDULE = (

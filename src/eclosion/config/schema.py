@@ -108,6 +108,12 @@ class DataConfig:
     background: str = "white"
     # Whether each epoch has its own order; off keeps the order of the source.
     shuffle: bool = True
+    # Shards whose samples are mixed when data in shards is shuffled; more mix better, and keep more shards in use.
+    shuffle_window: Positive = 16
+    # Whether shards are drawn at random, with replacement, instead of each being visited once; for data in shards.
+    resample: bool = False
+    # Samples in an epoch of shards drawn at random.
+    epoch_samples: Positive | None = None
     # Share of an epoch's images that may be skipped because they cannot be read; 0 stops at the first.
     max_bad_fraction: Fraction = 0.0
     # Threads that decode images; 0 decodes in the training thread.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 
-from eclosion.data.images import SUFFIXES, decode
+from eclosion.data.images import SUFFIXES, read_file
 from eclosion.data.source import Sample
 from eclosion.errors import BadSample, ConfigError, DataError
 from eclosion.registry import part
@@ -115,13 +115,13 @@ class FolderSamples:
         return printable(str(self.root / self.names[index]))
 
     def read(self, index: int) -> Sample:
-        """Decode one image and read its caption.
+        """Read one image file and its caption.
 
         Raises:
             BadSample: if either cannot be read.
         """
         name = self.names[index]
-        image = decode(self.root / name, self.name(index))
+        image = read_file(self.root / name, self.name(index))
         return Sample(image, self.name(index), self._caption(name), self.labels.get(name))
 
     def _caption(self, name: str) -> str | None:

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 from huggingface_hub.errors import HfHubHTTPError
 
-from eclosion.data.images import decode
+from eclosion.data.images import read_file
 from eclosion.data.source import Sample
 from eclosion.errors import BadSample, ConfigError, DataError, did_you_mean
 from eclosion.registry import part
@@ -148,18 +148,18 @@ class HuggingFaceSamples:
         return self._name(index, self.rows[index][self.image_column])
 
     def read(self, index: int) -> Sample:
-        """Decode one row.
+        """One row.
 
         Raises:
-            BadSample: if its image, caption or label is missing or cannot be read.
+            BadSample: if its image, caption or label is missing.
         """
         row = self.rows[index]
         image = row[self.image_column]
         name = self._name(index, image)
-        data = image and (image["bytes"] or (image["path"] and Path(image["path"])))
-        if not data:
+        if not image or not (image["bytes"] or image["path"]):
             raise BadSample(name, "missing", "has no image.")
-        return Sample(decode(data, name), name, self._caption(row, name), self._label(row, name))
+        data = image["bytes"] or read_file(Path(image["path"]), name)
+        return Sample(data, name, self._caption(row, name), self._label(row, name))
 
     def _name(self, index: int, image: Mapping[str, Any] | None) -> str:
         path = image and image["path"]

@@ -26,7 +26,7 @@ from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError, WebPImagePl
 
 from eclosion.errors import BadSample
 
-__all__ = ["FORMATS", "MAX_PIXELS", "SUFFIXES", "decode", "to_rgb"]
+__all__ = ["FORMATS", "MAX_PIXELS", "SUFFIXES", "decode", "read_file", "to_rgb"]
 
 FORMATS = ("JPEG", "PNG", WebPImagePlugin.WebPImageFile.format, "GIF", "BMP")
 # In lower case; files may spell them in any.
@@ -59,7 +59,7 @@ def decode(data: bytes | Path, name: str) -> Image.Image:
     Raises:
         BadSample: reason "missing", "unreadable", "empty", "not_an_image", "too_large", "truncated" or "damaged".
     """
-    raw = data if isinstance(data, bytes) else _read(data, name)
+    raw = data if isinstance(data, bytes) else read_file(data, name)
     if not raw:
         raise BadSample(name, "empty", "the file is empty.")
     _hush()
@@ -122,7 +122,12 @@ def _sixteen_bit_to_rgb(image: Image.Image, background: str | tuple[int, int, in
     return _flatten(grey, Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)), background)
 
 
-def _read(path: Path, name: str) -> bytes:
+def read_file(path: Path, name: str) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        BadSample: reason "missing" or "unreadable".
+    """
     try:
         return path.read_bytes()
     except FileNotFoundError as error:

@@ -2,21 +2,29 @@
 
     delivered + skipped == samples in the epoch
 
-is checked when an epoch ends, before its line is written.
+is checked when an epoch ends, before its line is written; for data in shards also for each shard, and what their
+index holds besides, and could not be asked for, counts as skipped.
 """
 
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from eclosion.data.batch import Skip
 from eclosion.errors import DataError, EnvironmentProblem
 
-__all__ = ["Ledger", "over_budget"]
+__all__ = ["NOT_BAD", "Ledger", "Shards", "left_out_of_budget", "over_budget"]
+
+# Reasons to skip a sample that is whole, but is not meant for this run; no budget limits how many there are.
+NOT_BAD = frozenset({"no_embedding"})
+
 
 # Skipped samples that a line names; their number is exact beyond it.
 MAX_NAMED = 100
@@ -32,13 +40,62 @@ def over_budget(last: Skip, skipped: int, num_samples: int, max_bad_fraction: fl
         max_bad_fraction: share of them that may be skipped.
     """
     allowed = int(max_bad_fraction * num_samples + 1e-6)  # 0.29 of 100 is 28.999999999999996
-    if skipped <= allowed:
+    if skipped <= allowed or last.reason in NOT_BAD:
         return None
     return DataError(
         f"{last.name}: {last.detail} {skipped} of {num_samples} samples of epoch {last.position // num_samples} "
         f"cannot be used ({last.reason}), and data.max_bad_fraction={max_bad_fraction:g} allows {allowed}. "
         "Repair or remove the sample, or raise data.max_bad_fraction."
     )
+
+
+def left_out_of_budget(
+    left_out: Sequence[Mapping[str, int]], shard_names: Sequence[str], num_samples: int, max_bad_fraction: float
+) -> DataError | None:
+    """The error to raise when more samples cannot even be asked for than may be skipped, or None.
+
+    Args:
+        left_out: per shard, how many samples cannot be asked for, by reason.
+        shard_names: what to call each shard.
+        num_samples: samples in all shards, these included.
+        max_bad_fraction: share of them that may be skipped.
+    """
+    bad = {
+        name: {reason: count for reason, count in reasons.items() if reason not in NOT_BAD and count}
+        for name, reasons in zip(shard_names, left_out, strict=True)
+    }
+    bad = {name: reasons for name, reasons in bad.items() if reasons}
+    total = sum(sum(reasons.values()) for reasons in bad.values())
+    allowed = int(max_bad_fraction * num_samples + 1e-6)
+    if total <= allowed:
+        return None
+    first = "; ".join(
+        f"{name}: " + ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        for name, reasons in list(bad.items())[:3]
+    )
+    more = f"; and {len(bad) - 3} more shards" if len(bad) > 3 else ""
+    return DataError(
+        f"{total} of {num_samples} samples cannot be used ({first}{more}), and data.max_bad_fraction="
+        f"{max_bad_fraction:g} allows {allowed}. `eclosion index` lists them. Repair the shards, or raise "
+        "data.max_bad_fraction."
+    )
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Where the samples of an epoch lie.
+
+    Attributes:
+        names: what to call each shard.
+        left_out: per shard, how many samples its index holds that cannot be asked for, by reason.
+        shard_at: position of the run -> shard.
+        counts: epoch -> how many samples of each shard it visits.
+    """
+
+    names: Sequence[str]
+    left_out: Sequence[Mapping[str, int]]
+    shard_at: Callable[[int], int]
+    counts: Callable[[int], Sequence[int] | NDArray[np.int64]]
 
 
 @dataclass
@@ -53,6 +110,8 @@ class Ledger:
         delivered: images of the current epoch that were delivered.
         skipped: how many were not, by reason.
         named: the first of them, as the file names them.
+        shards: where the samples lie, if in shards.
+        skipped_in: how many of the current epoch were skipped, by shard and reason.
     """
 
     path: Path | None
@@ -62,10 +121,18 @@ class Ledger:
     delivered: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     named: list[dict[str, Any]] = field(default_factory=list)
+    shards: Shards | None = None
+    skipped_in: dict[str, Counter[str]] = field(default_factory=dict)
 
     @classmethod
     def restore(
-        cls, state: Mapping[str, Any] | None, path: Path | None, *, num_samples: int, max_bad_fraction: float = 0.0
+        cls,
+        state: Mapping[str, Any] | None,
+        path: Path | None,
+        *,
+        num_samples: int,
+        max_bad_fraction: float = 0.0,
+        shards: Shards | None = None,
     ) -> "Ledger":
         """The ledger as it was when `state` was taken.
 
@@ -76,12 +143,13 @@ class Ledger:
             path: the file.
             num_samples: samples in an epoch.
             max_bad_fraction: share of an epoch's samples that may be skipped.
+            shards: where the samples lie, if in shards.
 
         Raises:
             DataError: if the account was kept for another number of samples.
             EnvironmentProblem: if the file cannot be written.
         """
-        ledger = cls(path, num_samples, max_bad_fraction)
+        ledger = cls(path, num_samples, max_bad_fraction, shards=shards)
         if state is not None:
             if state["index_count"] != num_samples:
                 raise DataError(
@@ -90,6 +158,7 @@ class Ledger:
                 )
             ledger.position, ledger.delivered = state["position"], state["delivered"]
             ledger.skipped, ledger.named = Counter(state["skipped"]), list(state["samples"])
+            ledger.skipped_in = {shard: Counter(reasons) for shard, reasons in state.get("shards", {}).items()}
         if path is not None:
             _keep_epochs_before(path, ledger.epoch)
         return ledger
@@ -101,7 +170,8 @@ class Ledger:
 
     def state(self) -> dict[str, Any]:
         """The account of the current epoch, as plain JSON data for a checkpoint."""
-        return {"position": self.position, **self._account()}
+        shards = {"shards": {name: dict(sorted(c.items())) for name, c in sorted(self.skipped_in.items())}}
+        return {"position": self.position, **self._account(), **(shards if self.shards else {})}
 
     def record(self, positions: range, skipped: Sequence[Skip]) -> None:
         """Account for one step; called with every step, in order.
@@ -127,9 +197,12 @@ class Ledger:
         """Account for positions up to `end`, all of the current epoch."""
         for skip in skipped:
             self.skipped[skip.reason] += 1
+            if self.shards:
+                shard = self.shards.names[self.shards.shard_at(skip.position)]
+                self.skipped_in.setdefault(shard, Counter())[skip.reason] += 1
             if len(self.named) < MAX_NAMED:
                 self.named.append({"position": skip.position, "name": skip.name, "reason": skip.reason})
-            error = over_budget(skip, self.skipped.total(), self.num_samples, self.max_bad_fraction)
+            error = over_budget(skip, self._bad(), self.num_samples, self.max_bad_fraction)
             if error:
                 raise error
         self.delivered += end - self.position - len(skipped)
@@ -139,9 +212,32 @@ class Ledger:
 
     def _finish_epoch(self) -> None:
         assert self.delivered + self.skipped.total() == self.num_samples, self._account()
+        account = self._account()
+        if self.shards:
+            account |= self._by_shard(self.shards)
         if self.path is not None:
-            _append(self.path, json.dumps(self._account(), sort_keys=True) + "\n")
-        self.delivered, self.skipped, self.named = 0, Counter(), []
+            _append(self.path, json.dumps(account, sort_keys=True) + "\n")
+        self.delivered, self.skipped, self.named, self.skipped_in = 0, Counter(), [], {}
+
+    def _bad(self) -> int:
+        return sum(count for reason, count in self.skipped.items() if reason not in NOT_BAD)
+
+    def _by_shard(self, shards: Shards) -> dict[str, Any]:
+        """What a finished line says of each shard, and totals that count what could not be asked for."""
+        lines: dict[str, Any] = {}
+        total = self.skipped.copy()
+        for name, visited, left_out in zip(shards.names, shards.counts(self.epoch), shards.left_out, strict=True):
+            skipped = self.skipped_in.get(name, Counter())
+            delivered = int(visited) - skipped.total()
+            assert delivered >= 0, (name, visited, skipped)
+            lines[name] = {"delivered": delivered, "skipped": dict(sorted((skipped + Counter(left_out)).items()))}
+            total += Counter(left_out)
+        assert sum(line["delivered"] for line in lines.values()) == self.delivered, (lines, self._account())
+        return {
+            "index_count": self.delivered + total.total(),
+            "skipped": dict(sorted(total.items())),
+            "shards": lines,
+        }
 
     def _account(self) -> dict[str, Any]:
         return {

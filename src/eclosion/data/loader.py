@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from eclosion.config.schema import DataConfig
 from eclosion.data.batch import Batch, Skip
-from eclosion.data.ledger import over_budget
+from eclosion.data.images import decode
+from eclosion.data.ledger import NOT_BAD, Shards, left_out_of_budget, over_budget
 from eclosion.data.order import Order
-from eclosion.data.source import KeyedSamples, Sample, Samples
+from eclosion.data.source import KeyedSamples, Sample, Samples, ShardedSamples
 from eclosion.data.transforms import Pixels, Transform, to_float
 from eclosion.errors import BadSample, ConfigError, DataError, UserError
 from eclosion.rng import generator, integer_seed
@@ -38,6 +39,11 @@ class _Ready:
     image: Pixels | Tensor
     caption: str
     label: int
+    arrays: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return self.image.nbytes + sum(array.nbytes for array in self.arrays.values())
 
 
 @dataclass
@@ -48,6 +54,17 @@ class _Chunk:
     captions: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Where some consecutive images of a batch go: float32 [n, 3, H, W], and the same for what else they bring."""
+
+    image: NDArray[np.float32]
+    arrays: Mapping[str, NDArray[np.float32]]
+
+    def __getitem__(self, cut: slice) -> "_Rows":
+        return _Rows(self.image[cut], {name: rows[cut] for name, rows in self.arrays.items()})
 
 
 # Starts a task now or in a thread; what it returns waits for the result.
@@ -90,16 +107,29 @@ class Loader:
             world_size: how many processes share a step.
 
         Raises:
-            ConfigError: if the batch cannot be shared evenly, or an option of the transforms is wrong.
+            ConfigError: if the batch cannot be shared evenly, or an option of the transforms or the order is wrong.
+            DataError: if shards hold more samples that cannot be used than `data.max_bad_fraction` allows.
         """
         self.samples, self.config, self.seed = samples, config, seed
         self.batch_size, self.rank = batch_size, rank
         self.share, self.micro_batch_size = _split(batch_size, micro_batch_size, world_size)
-        self.order = Order(len(samples), seed=seed, shuffle=config.shuffle)
+        self._sharded = samples if isinstance(samples, ShardedSamples) else None
+        if self._sharded and (error := _left_out(self._sharded, config.max_bad_fraction)):
+            raise error
+        self.order = _order(samples, self._sharded, config, seed)
         self.transform = Transform.of(config)
         self._keyed = samples if isinstance(samples, KeyedSamples) else None
         # what a random reading gave once must not be given again
         self._cache = _Cache(0 if self._keyed else int(config.cache_gb * 2**30))
+
+    @property
+    def shards(self) -> Shards | None:
+        """Where samples lie, for the ledger; None if not in shards."""
+        if self._sharded is None:
+            return None
+        once = self.config.resample is False  # what was left out of a shard that is drawn twice is not left out twice
+        left_out = self._sharded.left_out if once else [{} for _ in self._sharded.left_out]
+        return Shards(self._sharded.shard_names, left_out, self.order.shard_at, self.order.shard_counts)
 
     def steps(self, start: int) -> Generator[list[Batch], None, None]:
         """The micro-batches of one step after the other, without end.
@@ -114,8 +144,12 @@ class Loader:
         """
         starts = count(start + self.rank * self.share, self.batch_size)
         bad: dict[int, int] = {}  # epoch -> skipped so far
+        ahead = _Ahead(self._sharded, self.order) if self._sharded else None
         with closing(self._read_ahead(starts)) as steps:
-            for step in steps:
+            for begin in count(start, self.batch_size):
+                if ahead:
+                    ahead.move_to(begin)
+                step = next(steps)
                 for batch in step:
                     self._check_budget(batch.skipped, bad)
                 yield step
@@ -152,22 +186,27 @@ class Loader:
 
     def _start(self, positions: Sequence[int], submit: _Submit) -> Callable[[], Batch]:
         """Begin to read a batch; the result waits for it, and raises what its reading raised."""
-        image = np.empty((len(positions), 3, *self.config.size), np.float32)
+        shapes = self._sharded.array_shapes if self._sharded else {}
+        rows = _Rows(
+            np.empty((len(positions), 3, *self.config.size), np.float32),
+            {name: np.zeros((len(positions), *shape), np.float32) for name, shape in shapes.items()},
+        )
         cuts = range(0, len(positions), CHUNK)
-        chunks = [submit(self._fill, image[cut : cut + CHUNK], positions[cut : cut + CHUNK]) for cut in cuts]
-        return lambda: self._collate(positions, image, [chunk() for chunk in chunks])
+        chunks = [submit(self._fill, rows[cut : cut + CHUNK], positions[cut : cut + CHUNK]) for cut in cuts]
+        return lambda: self._collate(positions, rows, [chunk() for chunk in chunks])
 
-    def _collate(self, positions: Sequence[int], image: NDArray[np.float32], chunks: Sequence[_Chunk]) -> Batch:
+    def _collate(self, positions: Sequence[int], rows: _Rows, chunks: Sequence[_Chunk]) -> Batch:
         weight = torch.tensor([weight for chunk in chunks for weight in chunk.weights])
-        fields: dict[str, Tensor | list[str]] = {"image": torch.from_numpy(image)}
+        fields: dict[str, Tensor | list[str]] = {"image": torch.from_numpy(rows.image)}
+        fields |= {name: torch.from_numpy(array) for name, array in rows.arrays.items()}
         if self.samples.class_names:
             fields["label"] = torch.tensor([label for chunk in chunks for label in chunk.labels], dtype=torch.int64)
         if self.samples.has_captions:
             fields["caption"] = [caption for chunk in chunks for caption in chunk.captions]
         return Batch(positions, weight, fields, [skip for chunk in chunks for skip in chunk.skipped])
 
-    def _fill(self, out: NDArray[np.float32], positions: Sequence[int], stopped: Callable[[], bool]) -> _Chunk:
-        """Read some images into float32 [n, 3, H, W]; runs in any thread."""
+    def _fill(self, out: _Rows, positions: Sequence[int], stopped: Callable[[], bool]) -> _Chunk:
+        """Read some images into their rows of a batch; runs in any thread."""
         chunk = _Chunk()
         pixels: list[Pixels] = []
         as_they_are: dict[int, Tensor] = {}
@@ -188,11 +227,13 @@ class Loader:
                 pixels.append(self.transform.augment(ready.image, generator(self.seed, "augment", position)))
             else:
                 pixels.append(ready.image)
+            for name, array in ready.arrays.items():
+                out.arrays[name][len(chunk.labels)] = array
             chunk.captions.append(ready.caption)
             chunk.labels.append(ready.label)
-        to_float(pixels, out)
+        to_float(pixels, out.image)
         for row, image in as_they_are.items():
-            out[row] = image.numpy()
+            out.image[row] = image.numpy()
         return chunk
 
     def _ready(self, index: int, position: int) -> _Ready:
@@ -216,24 +257,40 @@ class Loader:
         return self.samples.read(index)
 
     def _prepare(self, sample: Sample) -> _Ready:
-        image = sample.image
+        image, caption, label = sample.image, sample.caption or "", sample.label or 0
+        if isinstance(image, bytes):
+            image = decode(image, sample.name)
         if not isinstance(image, Tensor):
-            return _Ready(self.transform.prepare(image, sample.name), sample.caption or "", sample.label or 0)
+            return _Ready(self.transform.prepare(image, sample.name), caption, label, sample.arrays)
         height, width = self.config.size
         if tuple(image.shape) != (3, height, width):
             raise DataError(
                 f"{sample.name}: is a tensor {list(image.shape)}, and data.image_size asks for [3, {height}, {width}]. "
                 "Tensors are used as they are: resize them in the data set, or set data.image_size."
             )
-        return _Ready(_as_float(image), sample.caption or "", sample.label or 0)
+        return _Ready(_as_float(image), caption, label, sample.arrays)
 
     def _check_budget(self, skipped: Sequence[Skip], bad: dict[int, int]) -> None:
         for skip in skipped:
-            epoch = skip.position // len(self.samples)
-            bad[epoch] = bad.get(epoch, 0) + 1
-            error = over_budget(skip, bad[epoch], len(self.samples), self.config.max_bad_fraction)
+            epoch = skip.position // self.order.num_samples
+            bad[epoch] = bad.get(epoch, 0) + (skip.reason not in NOT_BAD)
+            error = over_budget(skip, bad[epoch], self.order.num_samples, self.config.max_bad_fraction)
             if error:
                 raise error
+
+
+class _Ahead:
+    """Tells a source in shards, as a run goes on, which of them it needs next."""
+
+    def __init__(self, samples: ShardedSamples, order: Order) -> None:
+        self._samples, self._order, self._told = samples, order, -1
+
+    def move_to(self, position: int) -> None:
+        """Say what is needed from a position on, if that is news."""
+        shard = self._order.shard_at(position)
+        if shard != self._told:
+            self._told = shard
+            self._samples.fetch_ahead(list(islice(self._order.shards_from(position), 2 * self._order.window + 2)))
 
 
 class _Cache:
@@ -248,11 +305,39 @@ class _Cache:
         return self._kept.get(index)
 
     def put(self, index: int, ready: _Ready) -> None:
-        num_bytes = ready.image.nbytes
         with self._lock:
-            if index not in self._kept and num_bytes <= self._free_bytes:
-                self._free_bytes -= num_bytes
+            if index not in self._kept and ready.nbytes <= self._free_bytes:
+                self._free_bytes -= ready.nbytes
                 self._kept[index] = ready
+
+
+def _left_out(samples: ShardedSamples, max_bad_fraction: float) -> DataError | None:
+    num_samples = sum(samples.shard_sizes) + sum(sum(reasons.values()) for reasons in samples.left_out)
+    return left_out_of_budget(samples.left_out, samples.shard_names, num_samples, max_bad_fraction)
+
+
+def _order(samples: Samples, sharded: ShardedSamples | None, config: DataConfig, seed: int) -> Order:
+    problems = []
+    if config.resample and sharded is None:
+        problems.append("data.resample draws shards at random, and this source has none. Use data.shuffle instead.")
+    if config.resample and config.shuffle:
+        problems.append(
+            "data.resample and data.shuffle exclude each other: shards are drawn at random, or each is visited once in "
+            "a random order. Set data.shuffle=false, or data.resample=false."
+        )
+    if config.resample and config.epoch_samples is None:
+        problems.append("data.resample has no end of its own. Say how many samples an epoch has: data.epoch_samples.")
+    if config.epoch_samples is not None and not config.resample:
+        problems.append("data.epoch_samples is for data.resample; without it an epoch is every sample once. Remove it.")
+    if problems:
+        raise ConfigError(problems)
+    return Order(
+        sharded.shard_sizes if sharded else [len(samples)],
+        seed=seed,
+        shuffle=config.shuffle,
+        window=config.shuffle_window if sharded else 1,
+        resampled=config.epoch_samples if config.resample else None,
+    )
 
 
 def _split(batch_size: int, micro_batch_size: int | None, world_size: int) -> tuple[int, int]:

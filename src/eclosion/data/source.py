@@ -1,12 +1,15 @@
 """What a data source promises."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL.Image import Image
 from torch import Tensor
 
-__all__ = ["KeyedSamples", "Sample", "Samples", "Source"]
+__all__ = ["KeyedSamples", "Sample", "Samples", "ShardedSamples", "Source"]
 
 
 @dataclass(frozen=True)
@@ -14,18 +17,20 @@ class Sample:
     """One image as its source holds it, before any transform.
 
     Attributes:
-        image: the decoded picture, in whatever mode and size the source has; or a tensor [3, H, W] that
-            is already what the network shall see (uint8 0..255, or float32 in [-1, 1]), which no
-            transform touches.
+        image: the bytes of an image file, or a decoded picture, in whatever mode and size the source has; or a
+            tensor [3, H, W] that is already what the network shall see (uint8 0..255, or float32 in
+            [-1, 1]), which no transform touches.
         name: the file or member it came from, for messages and the ledger.
         caption: text that describes it, if the source has any.
         label: index into the source's class names, if it has any.
+        arrays: what else belongs to it, float32, by the names in `eclosion.data.batch.FIELDS`.
     """
 
-    image: Image | Tensor
+    image: bytes | Image | Tensor
     name: str
     caption: str | None = None
     label: int | None = None
+    arrays: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 class Samples(Protocol):
@@ -50,11 +55,40 @@ class Samples(Protocol):
         ...
 
     def read(self, index: int) -> Sample:
-        """Decode one sample.
+        """One sample; an image file need not be decoded, as whoever asks knows best at which size.
 
         Raises:
             BadSample: if it cannot be read.
         """
+        ...
+
+
+@runtime_checkable
+class ShardedSamples(Protocol):
+    """Samples that lie in shards, files of many samples each, of which few should be in use at a time.
+
+    Indices count through the shards one after the other.
+
+    Attributes:
+        shard_sizes: samples of each shard that can be asked for.
+        shard_names: what to call each shard.
+        left_out: per shard, how many samples it holds besides, which cannot be asked for, by reason.
+        array_shapes: shape of each array that every sample brings, by the names in `eclosion.data.batch.FIELDS`.
+        notes: what the user should know of the shards, one line each.
+    """
+
+    shard_sizes: Sequence[int]
+    shard_names: Sequence[str]
+    left_out: Sequence[Mapping[str, int]]
+    array_shapes: Mapping[str, tuple[int, ...]]
+    notes: Sequence[str]
+
+    def fetch_ahead(self, shards: Sequence[int]) -> None:
+        """Told which shards will be read next, in their order, so that remote ones can be on their way."""
+        ...
+
+    def close(self) -> None:
+        """Stop what runs in the background."""
         ...
 
 

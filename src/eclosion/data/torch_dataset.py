@@ -83,7 +83,7 @@ class TorchDatasetSamples:
             raise DataError(f"dataset: the {type(dataset).__name__} is empty.")
         self._dataset = dataset
         first = self._first()
-        _check_range([sample.image for sample in first])
+        _check_range([sample.image for sample in first if isinstance(sample.image, Tensor)])
         self.has_captions = first[0].caption is not None
         self.class_names = _class_names(dataset, class_names) if first[0].label is not None else ()
         if class_names and not self.class_names:
@@ -146,9 +146,9 @@ class TorchDatasetSamples:
         return found
 
 
-def _check_range(images: Sequence[Image.Image | Tensor]) -> None:
+def _check_range(images: Sequence[Tensor]) -> None:
     """Refuse floating point tensors that look as if nothing normalised them: no image has a dark pixel."""
-    floats = [image for image in images if isinstance(image, Tensor) and image.is_floating_point()]
+    floats = [image for image in images if image.is_floating_point()]
     if floats and all(bool((image >= 0).all()) for image in floats) and any(bool(image.any()) for image in floats):
         raise DataError(
             f"dataset: the first {len(floats)} floating point tensors have no value below 0, so they seem to be in "
@@ -242,6 +242,7 @@ def _fingerprint(num_items: int, first: Sequence[Sample]) -> str:
     for sample in first:
         digest.update(repr((sample.caption, sample.label)).encode())
         image = sample.image
+        assert not isinstance(image, bytes)  # an item is a picture
         pixels = image.numpy() if isinstance(image, Tensor) else np.asarray(image.convert("RGBA"))
         digest.update(repr((pixels.shape, pixels.dtype)).encode() + np.ascontiguousarray(pixels).tobytes())
     return digest.hexdigest()

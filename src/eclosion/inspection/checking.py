@@ -18,7 +18,7 @@ from eclosion.config.explain import checked
 from eclosion.config.load import LoadedConfig, leaves, load, translated
 from eclosion.config.overrides import apply_overrides
 from eclosion.config.schema import DataConfig, RunConfig, steps_in
-from eclosion.data.ledger import over_budget
+from eclosion.data.ledger import NOT_BAD, over_budget
 from eclosion.data.loader import Loader
 from eclosion.data.source import Samples
 from eclosion.device import pick_device, pick_precision
@@ -160,7 +160,6 @@ def _look_at_run(found: Check, loaded: LoadedConfig) -> None:
     with found.looking():
         samples = run.data.source.open()
         found.data = _count(samples)
-        found.plan = _plan(run, len(samples))
     # Stands in for data that cannot be opened, so that the rest is looked at all the same.
     stand_in = samples or build("sources", {"name": "butterflies", "size": 1}).open()
     with found.looking():
@@ -173,6 +172,7 @@ def _look_at_run(found: Check, loaded: LoadedConfig) -> None:
             world_size=int(os.environ.get("WORLD_SIZE", "1")),
         )
         if samples is not None:
+            found.plan = _plan(run, loader.order.num_samples)
             _look_at_images(found, loader)
     with found.looking():
         task = _build(run, stand_in)
@@ -211,10 +211,12 @@ def _plan(run: RunConfig, epoch_samples: int) -> Plan:
 
 def _look_at_images(found: Check, loader: Loader) -> None:
     """Decode the first images of the run; raises if more are bad than may be."""
-    num_samples = len(loader.samples)
+    num_samples = loader.order.num_samples
     batch = loader.batch_at(range(min(loader.batch_size, num_samples, MAX_LOOKED_AT)))
-    for number, skip in enumerate(batch.skipped, 1):
-        error = over_budget(skip, number, num_samples, loader.config.max_bad_fraction)
+    bad = 0
+    for skip in batch.skipped:
+        bad += skip.reason not in NOT_BAD
+        error = over_budget(skip, bad, num_samples, loader.config.max_bad_fraction)
         if error:
             raise error
         found.notes.append(f"{skip.name}: {skip.detail} It will be skipped.")

@@ -77,7 +77,7 @@ class Context:
     def account(self, micro_batches: Sequence[Batch]) -> None:
         """Enter a step into the ledger; processes pool what they skipped when an epoch ends."""
         self._skipped += [skip for batch in micro_batches for skip in batch.skipped]
-        epoch = len(self.samples)
+        epoch = self.loader.order.num_samples
         if self.state.samples_seen // epoch > self._recorded // epoch:
             self._settle()
 

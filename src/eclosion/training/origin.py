@@ -37,7 +37,7 @@ class Origin:
 
 
 def find_origin(
-    run: RunConfig, folder: RunDir, store: CheckpointStore, *, num_samples: int, resume: str, accept: bool
+    run: RunConfig, folder: RunDir, store: CheckpointStore, *, epoch_samples: int, resume: str, accept: bool
 ) -> Origin:
     """Decide where a run goes on from; nothing on disk is touched.
 
@@ -72,7 +72,7 @@ def find_origin(
         )
     changes = compare(meta["config"], dump(run))
     different = any(change.kind == "identity" for change in changes)
-    if run.overwrite and (different or _finished(run, loaded.state, num_samples)):
+    if run.overwrite and (different or _finished(run, loaded.state, epoch_samples)):
         return Origin(replaces=f"the run at {own.name}")
     refuse(changes, accept=accept, where=str(own))
     return Origin(own, changes=changes, started_from=meta.get("started_from"))
@@ -92,13 +92,13 @@ def _named(resume: str) -> Path | None:
     return path
 
 
-def _finished(run: RunConfig, state: dict[str, Any], num_samples: int) -> bool:
+def _finished(run: RunConfig, state: dict[str, Any], epoch_samples: int) -> bool:
     last = last_step(
         run.train.duration,
         step=state["step"],
         samples_seen=state["samples_seen"],
         batch_size=run.train.batch_size,
-        epoch_samples=num_samples,
+        epoch_samples=epoch_samples,
     )
     return bool(state["step"] >= last)
 

@@ -49,6 +49,16 @@ def start(
     folder = RunDir(Path(run.output))
     device = pick_device(run.train.device, local_rank=world.local_rank)
     precision = pick_precision(run.train.mixed_precision, device)
+    loader = Loader(
+        samples,
+        run.data,
+        seed=run.seed,
+        batch_size=run.train.batch_size,
+        micro_batch_size=run.train.micro_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    epoch_samples = loader.order.num_samples
     with ExitStack() as stack:
         stack.enter_context(_deterministic(run.train.deterministic, device))
         stack.enter_context(torch.random.fork_rng(devices=[]))  # the caller's stream is left as it was
@@ -56,26 +66,19 @@ def start(
         store = stack.enter_context(
             CheckpointStore(folder, keep_last=run.checkpoint.keep_last, keep_every=run.checkpoint.keep_every)
         )
-        origin = world.lead(lambda: _origin(run, folder, store, len(samples), resume, accept))
+        origin = world.lead(lambda: _origin(run, folder, store, epoch_samples, resume, accept))
         loaded = store.load(origin.checkpoint) if origin.checkpoint else None
 
-        loader = Loader(
-            samples,
-            run.data,
-            seed=run.seed,
-            batch_size=run.train.batch_size,
-            micro_batch_size=run.train.micro_batch_size,
-            rank=world.rank,
-            world_size=world.size,
-        )
         facts = DataFacts(size=run.data.size, class_names=samples.class_names)
         task, state = _networks(run, facts, world, device, fp16=precision == "fp16")
-        meta = _meta(run, samples, facts, device, precision, world) | {"started_from": origin.started_from}
+        meta = _meta(run, samples, facts, epoch_samples, device, precision, world) | {
+            "started_from": origin.started_from
+        }
         before = dict(loaded.manifest.meta) if loaded else None
         if loaded and before:
             _check_data(before, meta, str(origin.checkpoint))
             state.load(loaded.files, loaded.state, leads=world.leads)
-        state.num_steps = _num_steps(run, state, len(samples))
+        state.num_steps = _num_steps(run, state, epoch_samples)
         # Nothing of an old run is removed before the new one is known to be possible.
         if origin.replaces and world.leads:
             clear(folder)
@@ -83,8 +86,9 @@ def start(
         ledger = Ledger.restore(
             loaded.state["ledger"] if loaded else None,
             folder.ledger if world.leads else None,
-            num_samples=len(samples),
+            num_samples=epoch_samples,
             max_bad_fraction=run.data.max_bad_fraction,
+            shards=loader.shards,
         )
         del loaded  # its tensors are mapped from files, whose space a pruned checkpoint would go on taking
         tracker = Tracker(folder, [part.open() for part in run.track.log], dump(run), num_steps=state.num_steps)
@@ -107,7 +111,7 @@ def start(
             store=store,
             tracker=tracker,
             stop=stop,
-            every=_every(run, len(samples)),
+            every=_every(run, epoch_samples),
             meta=meta,
             _recorded=state.samples_seen,
         )
@@ -172,11 +176,11 @@ def _failures_recorded(c: Context) -> Iterator[None]:
 
 
 def _origin(
-    run: RunConfig, folder: RunDir, store: CheckpointStore, num_samples: int, resume: str, accept: bool
+    run: RunConfig, folder: RunDir, store: CheckpointStore, epoch_samples: int, resume: str, accept: bool
 ) -> Origin:
     store.clean_orphans()
     clean_exports(folder.root)
-    return find_origin(run, folder, store, num_samples=num_samples, resume=resume, accept=accept)
+    return find_origin(run, folder, store, epoch_samples=epoch_samples, resume=resume, accept=accept)
 
 
 def _check_data(before: Mapping[str, Any], meta: Mapping[str, Any], where: str) -> None:
@@ -189,12 +193,18 @@ def _check_data(before: Mapping[str, Any], meta: Mapping[str, Any], where: str) 
 
 
 def _meta(
-    run: RunConfig, samples: Samples, facts: DataFacts, device: torch.device, precision: str, world: World
+    run: RunConfig,
+    samples: Samples,
+    facts: DataFacts,
+    epoch_samples: int,
+    device: torch.device,
+    precision: str,
+    world: World,
 ) -> dict[str, Any]:
     return {
         "config": dump(run),
         "fingerprint": samples.fingerprint,
-        "facts": {"class_names": list(facts.class_names), "num_samples": len(samples)},
+        "facts": {"class_names": list(facts.class_names), "num_samples": epoch_samples},
         "environment": environment(device) | {"precision": precision, "world_size": world.size},
     }
 
