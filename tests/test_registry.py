@@ -13,7 +13,11 @@ from eclosion.registry import TABLES, build, describe, dump, resolve
 
 PARTS = [(table, name) for table, names in TABLES.items() if table != "dialects" for name in names]
 # What a part cannot do without.
-REQUIRED = {"folder": {"root": "images"}, "huggingface": {"path": "images"}}
+REQUIRED = {
+    "folder": {"root": "images"},
+    "huggingface": {"path": "images"},
+    "webdataset": {"webdataset_base_url": "shards/{}.tar"},
+}
 each_part = pytest.mark.parametrize(("table", "name"), PARTS)
 
 

@@ -13,17 +13,20 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from eclosion.data.remote import pipes_allowed
     from eclosion.demonstration import demo
     from eclosion.diagnosis import doctor
     from eclosion.errors import ConfigError, DataError, UserError
     from eclosion.exporting import export
     from eclosion.inspection.checking import check
     from eclosion.inspection.data_sheet import show_data
+    from eclosion.inspection.indexing import index
     from eclosion.inspection.parts import list_parts
     from eclosion.inspection.recipes import write_config
     from eclosion.inspection.runs import list_runs
     from eclosion.report import write_report
     from eclosion.sampling import sample
+    from eclosion.sharding import shard
     from eclosion.training.run import train
 
 __version__ = version("eclosion")
@@ -36,9 +39,12 @@ _HOMES = {
     "demo": "eclosion.demonstration",
     "doctor": "eclosion.diagnosis",
     "export": "eclosion.exporting",
+    "index": "eclosion.inspection.indexing",
     "list_parts": "eclosion.inspection.parts",
     "list_runs": "eclosion.inspection.runs",
+    "pipes_allowed": "eclosion.data.remote",
     "sample": "eclosion.sampling",
+    "shard": "eclosion.sharding",
     "show_data": "eclosion.inspection.data_sheet",
     "train": "eclosion.training.run",
     "write_config": "eclosion.inspection.recipes",
@@ -53,9 +59,12 @@ __all__ = [
     "demo",
     "doctor",
     "export",
+    "index",
     "list_parts",
     "list_runs",
+    "pipes_allowed",
     "sample",
+    "shard",
     "show_data",
     "train",
     "write_config",

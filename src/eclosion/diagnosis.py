@@ -27,6 +27,8 @@ PACKAGES = ("eclosion", "torch", "diffusers", "safetensors", "numpy", "pillow", 
 EXTRAS = {
     "datasets": ("datasets", "data.source huggingface: the hub, parquet, save_to_disk folders"),
     "tensorboard": ("tensorboard", "track.log tensorboard: curves and pictures in TensorBoard"),
+    "remote": ("fsspec", "shards in S3 and other remote stores"),
+    "transforms": ("torchvision", "data.preprocessing by torchvision's names"),
 }
 # Less than this and not even a small run can keep its checkpoints.
 LOW_DISK_BYTES = 1e9

@@ -31,6 +31,7 @@ __all__ = [
     "TrainingDiverged",
     "UserError",
     "did_you_mean",
+    "printable",
 ]
 
 
@@ -115,6 +116,13 @@ class Interrupted(UserError):
         self.signal_number = signal_number
         self.exit_code = 130 if signal_number == 2 else 143
         super().__init__(message)
+
+
+def printable(text: str) -> str:
+    """Text that came from anywhere as one line of printable characters, whatever bytes it is made of."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def did_you_mean(word: str, options: Iterable[str], *, limit: int = 24) -> str:

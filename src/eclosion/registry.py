@@ -59,6 +59,7 @@ SOURCES = {
     "dataset": "eclosion.data.torch_dataset:DatasetSource",
     "folder": "eclosion.data.folder:FolderSource",
     "huggingface": "eclosion.data.huggingface:HuggingFaceSource",
+    "webdataset": "eclosion.data.webdataset:WebDatasetSource",
 }
 MODELS = {
     "diffusers": "eclosion.models.diffusers:DiffusersModel",
@@ -99,7 +100,7 @@ TABLES: dict[str, dict[str, str]] = {
     "dialects": DIALECTS,
 }
 # The optional library that a part's file imports -> the extra that installs it.
-EXTRAS = {"datasets": "datasets", "tensorboard": "tensorboard"}
+EXTRAS = {"datasets": "datasets", "fsspec": "remote", "tensorboard": "tensorboard", "torchvision": "transforms"}
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 from eclosion.data import images
-from eclosion.data.images import decode, to_rgb
+from eclosion.data.images import decode, extent, to_rgb
 from eclosion.errors import BadSample
 
 RED, BLUE = (255, 0, 0), (10, 20, 200)
@@ -406,3 +406,154 @@ def test_a_path_and_its_bytes_give_the_same_image(tmp_path: Path):
     raw = encoded(Image.fromarray(noise(5, 5, 3)), "PNG")
     (tmp_path / "a.png").write_bytes(raw)
     np.testing.assert_array_equal(np.asarray(decode(tmp_path / "a.png", "a")), np.asarray(decode(raw, "a")))
+
+
+def smooth(width, height):
+    """Soft waves in three colours: a picture that looks the same at any scale."""
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    waves = [np.sin(3 * x + 2 * y), np.cos(5 * x - y), np.sin(4 * y) * np.cos(2 * x)]
+    return Image.fromarray((127.5 + 120 * np.stack(waves, -1)).astype(np.uint8))
+
+
+def reduced(raw, height, width, name="x"):
+    return decode(raw, name, at_least=lambda size: (height, width))
+
+
+def psnr(one, other):
+    """Peak signal to noise ratio, in dB."""
+    difference = np.asarray(one).astype(np.float64) - np.asarray(other).astype(np.float64)
+    return 10 * np.log10(255**2 / max(np.mean(difference**2), 1e-9))
+
+
+@pytest.mark.parametrize(
+    ("size", "at_least", "scale"),
+    [
+        ((512, 512), (128, 128), 4),
+        ((512, 512), (129, 128), 2),
+        ((512, 512), (64, 64), 8),
+        ((512, 512), (16, 16), 8),  # no smaller scale is used
+        ((1023, 600), (64, 128), 4),  # 1023 / 8 is less than 128
+        ((1024, 600), (64, 128), 8),
+        ((300, 400), (200, 150), 2),
+        ((300, 400), (201, 150), 1),
+        ((300, 400), (150, 200), 1),
+        ((301, 401), (200, 150), 2),
+    ],
+)
+def test_a_jpeg_is_decoded_at_the_smallest_scale_that_leaves_as_much_as_is_asked_for(size, at_least, scale):
+    seen = reduced(encoded(smooth(*size), "JPEG"), *at_least)
+    assert seen.size == (-(-size[0] // scale), -(-size[1] // scale))
+    assert scale == 1 or (seen.height >= at_least[0] and seen.width >= at_least[1])
+
+
+def test_the_size_of_the_upright_picture_is_what_is_asked_about():
+    asked = []
+
+    def at_least(size):
+        asked.append(size)
+        return size
+
+    exif = Image.Exif()
+    for orientation in range(1, 9):
+        exif[0x0112] = orientation
+        decode(encoded(smooth(40, 24), "JPEG", exif=exif), "x", at_least=at_least)
+    assert asked == [(24, 40)] * 4 + [(40, 24)] * 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_rotated_jpeg_is_reduced_as_an_upright_one(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    raw = encoded(smooth(320, 160), "JPEG", quality=95, exif=exif)
+    whole = decode(raw, "x")
+    height, width = whole.height // 4, whole.width // 4
+    seen = reduced(raw, height, width)
+    assert (seen.height, seen.width) == (height, width)
+    assert psnr(seen, whole.resize((width, height), Image.Resampling.BOX)) > 40
+    # three quarters of one side is more than half of it
+    assert reduced(raw, height, 3 * width).size == whole.size
+
+
+KINDS = {
+    "colour": lambda: encoded(smooth(256, 192), "JPEG", quality=95),
+    "progressive": lambda: encoded(smooth(256, 192), "JPEG", quality=95, progressive=True),
+    "without subsampling": lambda: encoded(smooth(256, 192), "JPEG", quality=95, subsampling=0),
+    "grey": lambda: encoded(smooth(256, 192).convert("L"), "JPEG", quality=95),
+    "CMYK": lambda: encoded(smooth(256, 192).convert("CMYK"), "JPEG", quality=95),
+    "CMYK without Adobe's marker": lambda: without_adobe(
+        encoded(ImageChops.invert(smooth(256, 192).convert("CMYK")), "JPEG", quality=95)
+    ),
+    "several pictures": lambda: encoded(
+        smooth(256, 192), "MPO", quality=95, save_all=True, append_images=[smooth(256, 192).rotate(180)]
+    ),
+}
+
+
+def without_adobe(raw):
+    start = raw.index(b"\xff\xee")  # the marker that holds "Adobe"
+    return raw[:start] + raw[start + 2 + int.from_bytes(raw[start + 2 : start + 4], "big") :]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_jpeg_is_reduced_to_the_means_of_its_pixels(kind):
+    raw = KINDS[kind]()
+    whole, seen = decode(raw, "x"), reduced(raw, 48, 64)
+    assert seen.size == (64, 48)
+    assert seen.mode == whole.mode
+    assert psnr(to_rgb(seen), to_rgb(whole).resize((64, 48), Image.Resampling.BOX)) > 40
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_truncated_jpeg_is_an_error_at_any_scale(kind):
+    raw = KINDS[kind]()
+
+    def fate(cut, **options):
+        try:
+            return decode(raw[:cut], "x", **options).mode
+        except BadSample as error:
+            return error.reason
+
+    for cut in np.linspace(1, len(raw) - 1, 60).astype(int).tolist():
+        assert fate(cut, at_least=lambda size: (24, 32)) == fate(cut), cut
+    assert fate(len(raw) * 2 // 5, at_least=lambda size: (24, 32)) == "truncated"
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF", "BMP"])
+def test_other_formats_have_no_smaller_scale(format):
+    raw = encoded(smooth(64, 48), format)
+    np.testing.assert_array_equal(np.asarray(reduced(raw, 4, 4)), np.asarray(decode(raw, "x")))
+
+
+def test_where_nothing_can_be_left_out_every_bit_is_pillows():
+    for kind in KINDS.values():
+        raw = kind()
+        np.testing.assert_array_equal(np.asarray(reduced(raw, 97, 64)), np.asarray(decode(raw, "x")))
+    raw = KINDS["colour"]()
+    np.testing.assert_array_equal(np.asarray(decode(raw, "x")), np.asarray(Image.open(io.BytesIO(raw))))
+
+
+def test_too_many_pixels_are_an_error_at_any_scale(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 100 * 100)
+    with pytest.raises(BadSample) as caught:
+        reduced(encoded(smooth(128, 128), "JPEG"), 16, 16)
+    assert caught.value.reason == "too_large"
+
+
+def test_a_broken_exif_block_counts_as_upright_at_any_scale():
+    exif = b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\3\0\xff\xff\0\0\xf0\xf0\0\0"
+    assert reduced(encoded(smooth(64, 32), "JPEG", exif=exif), 8, 16).size == (16, 8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_reduced_picture_says_which_part_of_its_outermost_pixels_it_fills(orientation):
+    """Cut out by that part, it lies on the whole picture; its pixels alone are shifted against it."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    raw = encoded(smooth(329, 161), "JPEG", quality=95, exif=exif)
+    whole, seen = decode(raw, "x"), decode(raw, "x", at_least=lambda size: (20, 20))
+    assert {seen.width, seen.height} == {42, 21}  # 41.125 and 20.125 are filled
+    filled = whole.resize((24, 24), Image.Resampling.BILINEAR)
+    assert psnr(seen.resize((24, 24), Image.Resampling.BILINEAR, extent(seen)), filled) > 45
+    assert psnr(seen.resize((24, 24), Image.Resampling.BILINEAR), filled) < 40
+    assert extent(whole) == (0, 0, *whole.size)
+    assert extent(to_rgb(seen.convert("CMYK"))) == extent(seen)

@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 
 from eclosion.data.batch import Skip
-from eclosion.data.ledger import Ledger, over_budget
+from eclosion.data.ledger import Ledger, Shards, left_out_of_budget, over_budget
+from eclosion.data.order import Order
 from eclosion.errors import DataError, EnvironmentProblem
 from eclosion.rundir import RunDir
 
@@ -200,3 +201,59 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(EnvironmentProblem) as caught:
         run(ledger, 0, 12)
     assert str(caught.value) == f"{tmp_path}/gone/ledger.jsonl: cannot be written (No such file or directory)."
+
+
+def test_samples_without_an_embedding_are_counted_and_never_too_many(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl", num_samples=N, max_bad_fraction=0)
+    ledger.record(range(10), [skip(p, "no_embedding") for p in range(9)])
+    assert lines(tmp_path / "ledger.jsonl")[0]["skipped"] == {"no_embedding": 9}
+    with pytest.raises(DataError, match=r"9.png: ends early\. 1 of 10 samples of epoch 1"):
+        ledger.record(range(10, 20), [skip(p, "no_embedding") for p in range(10, 19)] + [skip(19)])
+
+
+SIZES = [3, 0, 4, 2]
+LEFT_OUT = [{"no_image": 1}, {"damaged_shard": 1}, {}, {"no_embedding": 2}]
+
+
+def shards_of(order):
+    return Shards([f"{i}.tar" for i in range(4)], LEFT_OUT, order.shard_at, order.shard_counts)
+
+
+@pytest.mark.parametrize("resampled", [None, 7, 30])
+@pytest.mark.parametrize("step", [1, 4, 11])
+def test_each_shard_has_its_own_account_that_sums_to_its_index(resampled, step, tmp_path):
+    """Against a count by hand, with a checkpoint in between at every step."""
+    order = Order(SIZES, seed=0, shuffle=resampled is None, window=2, resampled=resampled)
+    total = 3 * order.num_samples // step * step + step
+    bad = {p for p in range(total) if p % 5 == 2}
+    path, state = tmp_path / "ledger.jsonl", None
+    for begin in range(0, total, step):
+        ledger = Ledger.restore(state, path, num_samples=order.num_samples, max_bad_fraction=1, shards=shards_of(order))
+        here = range(begin, begin + step)
+        ledger.record(here, [skip(p, num_samples=order.num_samples) for p in here if p in bad])
+        state = json.loads(json.dumps(ledger.state()))
+    found = lines(path)
+    assert len(found) >= 3
+    for epoch, line in enumerate(found):
+        positions = range(epoch * order.num_samples, (epoch + 1) * order.num_samples)
+        for shard in range(4):
+            here = [p for p in positions if order.shard_at(p) == shard]
+            skipped = Counter({"truncated": len(bad.intersection(here))}) + Counter(LEFT_OUT[shard])
+            assert line["shards"][f"{shard}.tar"] == {
+                "delivered": len(here) - len(bad.intersection(here)),
+                "skipped": dict(skipped),
+            }
+        each = line["shards"].values()
+        assert line["delivered"] == sum(one["delivered"] for one in each)
+        assert sum(line["skipped"].values()) == sum(sum(one["skipped"].values()) for one in each)
+        assert line["index_count"] == line["delivered"] + sum(line["skipped"].values()) == order.num_samples + 4
+
+
+def test_what_cannot_be_asked_for_has_the_budget_of_what_cannot_be_read():
+    names = [f"{i}.tar" for i in range(4)]
+    error = left_out_of_budget(LEFT_OUT, names, 100, 0.01)
+    assert str(error) == (
+        "2 of 100 samples cannot be used (0.tar: 1 no_image; 1.tar: 1 damaged_shard), and data.max_bad_fraction=0.01 "
+        "allows 1. Repair the shards, or raise data.max_bad_fraction."
+    )
+    assert left_out_of_budget(LEFT_OUT, names, 100, 0.02) is None

@@ -1,5 +1,7 @@
 """Transforms against torchvision, which the tutorials use."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torchvision import transforms as tv
 
 from eclosion.config.schema import DataConfig
 from eclosion.data.folder import FolderSource
+from eclosion.data.images import decode
 from eclosion.data.transforms import Transform, to_float
 from eclosion.errors import BadSample, ConfigError
 from eclosion.rng import generator
@@ -161,3 +164,84 @@ def test_the_background_shows_through_transparent_images():
     image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     seen = prepared(image, image_size=4, background="#102030")
     np.testing.assert_array_equal(seen, np.broadcast_to([0x10, 0x20, 0x30], (4, 4, 3)))
+
+
+def photo(width, height):
+    """A JPEG file of a scene with edges, shades and grain."""
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    rng = np.random.default_rng(0)
+    scene = np.zeros((height, width, 3))
+    for _ in range(40):
+        inside = (x - rng.random()) ** 2 + (y - rng.random()) ** 2 < rng.random() ** 2 / 9
+        scene[inside] = rng.random(3) * (0.6 + 0.4 * x[inside, None])
+    scene += rng.normal(0, 0.02, scene.shape)
+    file = io.BytesIO()
+    Image.fromarray((255 * scene.clip(0, 1)).astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def both_ways(raw, **options):
+    """What becomes of a file, decoded at a reduced scale and at its full size; and by how much it was reduced."""
+    scaled, exact = transform(**options, decode="scaled"), transform(**options, decode="exact")
+    small, whole = decode(raw, "x", at_least=scaled.at_least), decode(raw, "x", at_least=exact.at_least)
+    np.testing.assert_array_equal(np.asarray(whole), np.asarray(Image.open(io.BytesIO(raw))))
+    return scaled.prepare(small, "x"), exact.prepare(whole, "x"), whole.width / small.width
+
+
+@pytest.mark.parametrize(
+    ("options", "scale"),
+    [
+        ({"image_size": 64}, 4),
+        ({"image_size": 32}, 8),
+        ({"image_size": (32, 100)}, 2),
+        ({"image_size": (128, 64), "resize": "stretch"}, 2),
+    ],
+    ids=str,
+)
+def test_a_reduced_scale_is_hard_to_see(options, scale):
+    scaled, exact, reduction = both_ways(photo(640, 512), **options)
+    assert reduction == scale
+    error = np.mean((scaled.astype(np.float64) - exact) ** 2)
+    assert error > 0
+    assert 10 * np.log10(255**2 / error) > 42  # dB; on photographs it is more
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"image_size": 64, "resize": "none"}, {"image_size": 129}, {"image_size": (16, 161)}],
+    ids=["no resize", "less than twice the height", "less than twice the width"],
+)
+def test_where_nothing_may_be_left_out_both_ways_are_equal_bit_for_bit(options):
+    scaled, exact, reduction = both_ways(photo(640, 512), **options)
+    assert reduction == 1
+    np.testing.assert_array_equal(scaled, exact)
+
+
+@pytest.mark.parametrize("resize", ["cover", "stretch"])
+@pytest.mark.parametrize("size", [(64, 300), (512, 100), (999, 1001), (1000, 130), (257, 256)])
+def test_a_reduced_picture_is_never_below_twice_the_size_at_which_it_is_used(size, resize):
+    options = transform(image_size=(24, 40), resize=resize)
+    file = io.BytesIO()
+    Image.new("RGB", size).save(file, "JPEG")
+    seen = decode(file.getvalue(), "x", at_least=options.at_least)
+    covering = max(40 / size[0], 24 / size[1])  # of the whole picture, where it just covers the target
+    used = (size[0] * covering, size[1] * covering) if resize == "cover" else (40, 24)
+    assert seen.size == size or (seen.width >= 2 * used[0] and seen.height >= 2 * used[1])
+
+
+def test_a_long_thin_image_is_not_scaled_beyond_all_memory():
+    with pytest.raises(BadSample) as caught:
+        transform(image_size=64).prepare(Image.new("RGB", (1, 50_000)), "thin.png")
+    assert caught.value.reason == "too_large"
+    assert str(caught.value) == (
+        "thin.png: is 1x50000 pixels (width x height), and would be 64x3200000 when it is resized; the limit is "
+        "89478485 pixels. Crop it first."
+    )
+
+
+def test_what_is_scaled_already_is_copied_beside_bytes():
+    ready = np.random.default_rng(0).random((3, 4, 4), np.float32) * 2 - 1
+    pixels = np.full((3, 4, 4), 255, np.uint8)
+    out = np.empty((3, 3, 4, 4), np.float32)
+    to_float([pixels, ready, pixels], out)
+    np.testing.assert_array_equal(out, [np.ones((3, 4, 4)), ready, np.ones((3, 4, 4))])

@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,6 +35,9 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as train.batch_size=32 or data.crop=random.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AllowPipe = Annotated[
+    bool, typer.Option("--allow-pipe", help="Run the commands of pipe: URLs; only for configs that you trust.")
+]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
@@ -104,6 +108,14 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _pipes(allowed: bool) -> AbstractContextManager[None]:
+    if not allowed:
+        return nullcontext()
+    from eclosion.data.remote import pipes_allowed
+
+    return pipes_allowed()
+
+
 @app.callback()
 def _start(
     version: Annotated[
@@ -142,12 +154,15 @@ def init(
 
 
 @app.command()
-def check(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def check(
+    config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False, allow_pipe: AllowPipe = False
+) -> None:
     """Show what a config would do, and everything that is wrong with it, without training."""
     from eclosion.cli.terminal import print_check
     from eclosion.inspection.checking import check
 
-    found = check(config, overrides or [])
+    with _pipes(allow_pipe):
+        found = check(config, overrides or [])
     _print(found, print_check, json_wanted=as_json)
     for problem in found.problems:
         _tell(problem, debug=False)
@@ -165,11 +180,13 @@ def train(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Go on although the duration, batch size or optimizer changed.")
     ] = False,
+    allow_pipe: AllowPipe = False,
 ) -> None:
     """Train, or go on where the run stands. Ctrl-C saves and stops; a second one stops at once."""
     from eclosion.training.run import train
 
-    folder = train(config, overrides or [], resume=resume, accept_changes=accept_changes)
+    with _pipes(allow_pipe):
+        folder = train(config, overrides or [], resume=resume, accept_changes=accept_changes)
     if os.environ.get("RANK", "0") == "0":  # once, not by every process of torchrun
         print(f"Run folder: {folder}")
 
@@ -226,11 +243,66 @@ def data_show(
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("data.png"),
     num_images: Annotated[int, typer.Option("-n", "--num-images", min=1, help="How many images.")] = 24,
+    allow_pipe: AllowPipe = False,
 ) -> None:
     """Draw a labelled grid of what the network will see."""
     from eclosion.inspection.data_sheet import show_data
 
-    print(f"Wrote {show_data(config, overrides or [], out=out, num_images=num_images)}")
+    with _pipes(allow_pipe):
+        print(f"Wrote {show_data(config, overrides or [], out=out, num_images=num_images)}")
+
+
+@app.command()
+def index(
+    config: Annotated[str, typer.Argument(metavar="CONFIG-or-URL", help="A config, or shards such as a/{}.tar.")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    allow_pipe: AllowPipe = False,
+) -> None:
+    """Look through tar shards ahead of time, and say what they hold and what is wrong with them."""
+    from eclosion.cli.terminal import counting_bar, print_index
+    from eclosion.inspection.indexing import index
+
+    with _pipes(allow_pipe), counting_bar("indexing") as on_shard:
+        found = index(config, overrides or [], on_shard=on_shard)
+    _print(found, print_index, json_wanted=as_json)
+    if found.problems:
+        raise typer.Exit(3)
+
+
+@app.command()
+def shard(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A config, a folder of images, or a source's name.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    overrides: Overrides = None,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples in each shard.")] = 1000,
+    image_embeddings: Annotated[
+        Path | None, typer.Option(help="A .npy file, one row per sample, or a folder of such.")
+    ] = None,
+    text_embeddings: Annotated[Path | None, typer.Option(help="The same; samples x tokens x dim.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out samples that cannot be read.")] = False,
+    num_workers: Annotated[int, typer.Option(min=1, help="Shards that are written at a time.")] = 2,
+    allow_pipe: AllowPipe = False,
+) -> None:
+    """Write webdataset shards from any source, with arrays of embeddings. Interrupted, it goes on where it was."""
+    from eclosion.cli.terminal import counting_bar
+    from eclosion.inspection.named_source import source_of
+    from eclosion.sharding import shard
+
+    with _pipes(allow_pipe), counting_bar("writing") as on_shard:
+        written = shard(
+            source_of(source, overrides or [], otherwise="folder", option="root"),
+            out,
+            samples_per_shard=samples_per_shard,
+            image_embeddings=image_embeddings,
+            text_embeddings=text_embeddings,
+            skip_bad=skip_bad,
+            num_workers=num_workers,
+            on_shard=on_shard,
+        )
+    print(f"{written.num_samples:,} samples in {written.num_shards:,} shards: {written.folder}")
+    for reason, count in written.skipped.items():
+        print(f"left out: {count:,} {reason}")
 
 
 @app.command()

@@ -18,10 +18,20 @@ from eclosion.errors import UserError
 if TYPE_CHECKING:  # for types alone: they import torch
     from eclosion.diagnosis import Diagnosis
     from eclosion.inspection.checking import Check
+    from eclosion.inspection.indexing import IndexReport
     from eclosion.inspection.parts import PartInfo
     from eclosion.inspection.runs import RunInfo
 
-__all__ = ["as_json", "print_check", "print_diagnosis", "print_parts", "print_runs", "sampling_bar"]
+__all__ = [
+    "as_json",
+    "counting_bar",
+    "print_check",
+    "print_diagnosis",
+    "print_index",
+    "print_parts",
+    "print_runs",
+    "sampling_bar",
+]
 
 # Columns of a table in a file or a pipe, where there is no window to fit into.
 PLAIN_WIDTH = 160
@@ -197,3 +207,35 @@ def sampling_bar(num_images: int, batch_size: int) -> Iterator[Callable[[int, in
             progress.update(task, total=batches * steps, advance=1)
 
         yield on_step
+
+
+# --- index ---------------------------------------------------------------------------------------------------------
+
+
+def print_index(report: "IndexReport") -> None:
+    """What shards hold, and every problem."""
+    console = _console()
+    facts = _table("", "")
+    _row(facts, "samples", f"{report.num_samples:,} in {len(report.shards):,} shards")
+    sizes = [shard.num_samples for shard in report.shards]
+    _row(facts, "in a shard", f"{min(sizes):,} to {max(sizes):,}")
+    for title, counts in (("members", report.members), ("left alone", report.ignored)):
+        _row(facts, title, ", ".join(f"{count:,} {suffix}" for suffix, count in counts.items()) or "none")
+    if report.missing:
+        _row(facts, "missing", f"{len(report.missing):,} shards: {_listed(report.missing, 3)}")
+    console.print(facts)
+    for problem in report.problems:
+        console.print(Text(f"problem: {problem}"))
+    if not report.problems:
+        console.print("No problem found.")
+
+
+@contextmanager
+def counting_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar over things that are done one by one; what it gives is told how many are done, and of how many."""
+    from rich.progress import Progress  # only a few commands need it
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

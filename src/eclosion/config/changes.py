@@ -22,6 +22,8 @@ IDENTITY = (
     "data.interpolation",
     "data.crop",
     "data.horizontal_flip",
+    "data.preprocessing",
+    "data.decode",
     "data.background",
     "data.shuffle",
     "data.shuffle_window",

@@ -134,6 +134,7 @@ def _origins(run: RunConfig, tree: Mapping[str, Any], name: str, overrides: Sequ
 
 
 def _decides(path: str, given: Mapping[str, Any]) -> bool:
-    """Whether a value was written at a path; a part's bare name says nothing of its options."""
+    """Whether a value was written at a path, or a mapping that is one value; a part's bare name is not its options."""
     above, _, last = path.rpartition(".")
-    return path in given or (last == "name" and above in given)
+    inside = any(key.startswith(f"{path}.") for key in given)
+    return path in given or inside or (last == "name" and above in given)

@@ -5,10 +5,11 @@ The comment above a field is that option's entry in the reference.
 
 import math
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from eclosion.registry import PartOf, part
 
@@ -87,6 +88,50 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
+def _steps_of(value: object) -> object:
+    """The transforms of `data.preprocessing` as a list in their order, each a mapping from its name to its options.
+
+    A list, as an order that is kept in a mapping is lost where keys are sorted. What is switched off is left out.
+    """
+    given = [{name: options} for name, options in value.items()] if isinstance(value, Mapping) else value
+    if not isinstance(given, list) or not all(isinstance(step, Mapping) and len(step) == 1 for step in given):
+        raise ValueError("must be a mapping from names in torchvision.transforms to true, false or their options")
+    steps: list[dict[str, Any]] = []
+    for name, options in (next(iter(step.items())) for step in given):
+        if not isinstance(name, str):
+            raise ValueError(f"{name!r} is not the name of a transform")
+        if not isinstance(options, bool | Mapping) or not all(isinstance(key, str) for key in _keys(options)):
+            raise ValueError(f"{name} is {options!r}, and must be true, false or a mapping of its options")
+        if options is not False:
+            steps.append({name: {} if options is True else dict(options)})
+    return steps
+
+
+def _keys(options: bool | Mapping[Any, Any]) -> Iterable[Any]:
+    return () if isinstance(options, bool) else options
+
+
+_STEP = {"type": "object", "additionalProperties": {"type": ["boolean", "object"]}}
+# {Resize: {size: 64}, CenterCrop: {size: 64}, ColorJitter: false}, or a list of such mappings of one transform each.
+Steps = Annotated[
+    list[dict[str, Any]],
+    BeforeValidator(_steps_of),
+    WithJsonSchema(
+        {
+            "title": "mapping from names in torchvision.transforms to true, false or their options",
+            "anyOf": [_STEP, {"type": "array", "items": {**_STEP, "minProperties": 1, "maxProperties": 1}}],
+        }
+    ),
+]
+# The options that `data.preprocessing` takes the place of, and how it says them.
+REPLACED = {
+    "resize": "Resize",
+    "interpolation": "Resize: {interpolation: ...}",
+    "crop": "RandomCrop",
+    "horizontal_flip": "RandomHorizontalFlip",
+}
+
+
 @part
 class DataConfig:
     """Which images, and what the network sees of them."""
@@ -104,6 +149,13 @@ class DataConfig:
     crop: Literal["center", "random"] = "center"
     # Whether each image is mirrored with probability one half.
     horizontal_flip: bool = False
+    # Transforms of torchvision instead of resize, interpolation, crop and horizontal_flip: names in
+    # torchvision.transforms, each with true or a mapping of its options, applied in the order in which they are
+    # written; false switches one off. They have to arrive at image_size.
+    preprocessing: Steps | None = None
+    # How JPEG files are decoded: "scaled" at 1/2, 1/4 or 1/8 of their size where that leaves at least twice what is
+    # needed, which is faster and looks the same; "exact" at their full size, bit for bit as Pillow does it.
+    decode: Literal["scaled", "exact"] = "scaled"
     # Colour behind transparent images: a CSS colour name or "#rrggbb".
     background: str = "white"
     # Whether each epoch has its own order; off keeps the order of the source.
@@ -120,6 +172,16 @@ class DataConfig:
     num_threads: NonNegative = 2
     # Memory for decoded images, in GiB; images beyond it are decoded again in each epoch.
     cache_gb: Annotated[float, Field(ge=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> Self:
+        both = [name for name in REPLACED if getattr(self, name) != getattr(DataConfig, name)]
+        if both and self.preprocessing is not None:
+            raise ValueError(
+                f"preprocessing takes the place of {', '.join(REPLACED)}, and {' and '.join(both)} is set as well. "
+                f"Remove one of them; preprocessing says it as {' and '.join(REPLACED[name] for name in both)}"
+            )
+        return self
 
     @property
     def size(self) -> tuple[int, int]:

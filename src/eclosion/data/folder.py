@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from eclosion.data.images import SUFFIXES, read_file
 from eclosion.data.source import Sample
-from eclosion.errors import BadSample, ConfigError, DataError
+from eclosion.errors import BadSample, ConfigError, DataError, printable
 from eclosion.registry import part
 
 __all__ = ["FolderSamples", "FolderSource"]
@@ -141,11 +141,6 @@ class FolderSamples:
             ) from error
         except OSError as error:
             raise BadSample(shown, "caption", f"the caption cannot be read ({error.strerror}).") from error
-
-
-def printable(text: str) -> str:
-    """A file name as one line of printable characters, whatever bytes it is made of."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def _others(affected: Sized, of: Sized) -> str:

@@ -12,27 +12,46 @@ Alpha       transparency, of an alpha channel, a palette entry or a key colour, 
 1 bit       becomes 0 and 255. Grey is copied into the three channels.
 CMYK        R = (255 - C)(255 - K) / 255, and so on; JPEG files with Adobe's marker hold inverted inks, others do not.
 Profiles    colour profiles are not applied: numbers are taken as sRGB.
+Scale       who needs less than half of a JPEG's height and width may have it decoded at 1/2, 1/4 or 1/8 of them: each
+            block of the file then gives fewer pixels, which are about the means of what it would have given. Where a
+            side is no multiple of that, the last row or column reaches over the edge; `extent` says how far.
 """
 
 import re
 import warnings
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
 # named, so that Pillow does not import the plugins of forty other formats when it first meets a WebP file
-from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError, WebPImagePlugin
+from PIL import ExifTags, Image, ImageChops, ImageOps, JpegImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 from eclosion.errors import BadSample
 
-__all__ = ["FORMATS", "MAX_PIXELS", "SUFFIXES", "decode", "read_file", "to_rgb"]
+__all__ = ["FORMATS", "MAX_PIXELS", "SUFFIXES", "AtLeast", "decode", "extent", "read_file", "to_rgb"]
 
 FORMATS = ("JPEG", "PNG", WebPImagePlugin.WebPImageFile.format, "GIF", "BMP")
 # In lower case; files may spell them in any.
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
 # 9459 x 9459 pixels
 MAX_PIXELS = 89_478_485
+# From the height and width of an upright picture to those below which it must not be decoded.
+AtLeast = Callable[[tuple[int, int]], tuple[int, int]]
+# Orientation in EXIF -> where the right and the bottom edge of the stored picture are when it is upright.
+EDGES = {
+    1: ("right", "bottom"),
+    2: ("left", "bottom"),
+    3: ("left", "top"),
+    4: ("right", "top"),
+    5: ("bottom", "right"),
+    6: ("bottom", "left"),
+    7: ("top", "left"),
+    8: ("top", "right"),
+}
+# Key in Pillow's `info` under which `decode` leaves what `extent` says.
+EXTENT = "eclosion.extent"
 # First bytes of formats that people bring and that are refused, for a message that helps.
 REFUSED = (
     (re.compile(rb"II\*\0|MM\0\*"), "a TIFF"),
@@ -49,12 +68,14 @@ WARNING_RULES = (
 )
 
 
-def decode(data: bytes | Path, name: str) -> Image.Image:
+def decode(data: bytes | Path, name: str, *, at_least: AtLeast | None = None) -> Image.Image:
     """The picture in an image file, upright, in the file's own mode.
 
     Args:
         data: the content of the file, or its path.
         name: what to call it in an error.
+        at_least: how small the picture may come out, if it can be decoded smaller than it is stored. None means
+            every pixel, as Pillow decodes them.
 
     Raises:
         BadSample: reason "missing", "unreadable", "empty", "not_an_image", "too_large", "truncated" or "damaged".
@@ -67,8 +88,15 @@ def decode(data: bytes | Path, name: str) -> Image.Image:
         with Image.open(BytesIO(raw), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise _too_large(name, str(image.width * image.height))
+            beyond = {}
+            if at_least and isinstance(image, JpegImagePlugin.JpegImageFile):
+                beyond = _scale_down(image, at_least)
             image.load()
-            return _upright(_adobe(image))
+            upright = _upright(_adobe(image))
+            left, top, right, bottom = (beyond.get(edge, 0) for edge in ("left", "top", "right", "bottom"))
+            if beyond:
+                upright.info[EXTENT] = left, top, upright.width - right, upright.height - bottom
+            return upright
     except UnidentifiedImageError as error:
         raise BadSample(name, "not_an_image", _not_an_image(raw)) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -144,6 +172,44 @@ def _hush() -> None:
     for action, message, category, module, line in WARNING_RULES:
         if (action, message, category, module, line) not in warnings.filters:
             warnings.filterwarnings(action, category=category, module=module.pattern if module else "")  # type: ignore[arg-type]
+
+
+def extent(image: Image.Image) -> tuple[float, float, float, float]:
+    """The part of a decoded picture's pixels that the picture fills, as left, top, right and bottom edge.
+
+    That is all of them, unless it was decoded at a reduced scale and has a side that is no multiple of it. It no
+    longer holds once the picture was resized, cropped or turned.
+    """
+    edges: tuple[float, float, float, float] = image.info.get(EXTENT, (0, 0, *image.size))
+    return edges
+
+
+def _scale_down(image: JpegImagePlugin.JpegImageFile, at_least: AtLeast) -> dict[str, float]:
+    """Have a JPEG decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 that leaves enough of it.
+
+    Returns:
+        By how many of the decoded pixels it will reach over the edges of the upright picture.
+    """
+    orientation = _orientation(image)
+    turned = orientation >= 5
+    height, width = at_least((image.width, image.height) if turned else (image.height, image.width))
+    if turned:
+        height, width = width, height
+    drafted = None
+    if image.width >= 2 * width and image.height >= 2 * height:
+        drafted = image.draft(None, (width, height))  # None keeps the colours of the file
+    if drafted is None:
+        return {}
+    right, bottom = drafted[1][2:]
+    return dict(zip(EDGES[orientation], (image.width - right, image.height - bottom), strict=True))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation)
+        return found if found in EDGES else 1
+    except Exception:  # noqa: BLE001 - as in `_upright`
+        return 1
 
 
 def _adobe(image: Image.Image) -> Image.Image:

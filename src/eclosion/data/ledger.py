@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ NOT_BAD = frozenset({"no_embedding"})
 MAX_NAMED = 100
 
 
-def over_budget(last: Skip, skipped: int, num_samples: int, max_bad_fraction: float) -> DataError | None:
+def over_budget(
+    last: Skip, skipped: int, num_samples: int, max_bad_fraction: float, shards: "Shards | None" = None
+) -> DataError | None:
     """The error to raise when an epoch has more bad samples than it may have, or None.
 
     Args:
@@ -38,19 +41,27 @@ def over_budget(last: Skip, skipped: int, num_samples: int, max_bad_fraction: fl
         skipped: how many were skipped in its epoch, this one included.
         num_samples: samples in an epoch.
         max_bad_fraction: share of them that may be skipped.
+        shards: what they hold besides, and cannot be asked for, falls under the same budget.
     """
+    epoch = last.position // num_samples
+    if shards:
+        skipped, num_samples = skipped + shards.num_bad, num_samples + shards.num_left_out
     allowed = int(max_bad_fraction * num_samples + 1e-6)  # 0.29 of 100 is 28.999999999999996
     if skipped <= allowed or last.reason in NOT_BAD:
         return None
     return DataError(
-        f"{last.name}: {last.detail} {skipped} of {num_samples} samples of epoch {last.position // num_samples} "
+        f"{last.name}: {last.detail} {skipped} of {num_samples} samples of epoch {epoch} "
         f"cannot be used ({last.reason}), and data.max_bad_fraction={max_bad_fraction:g} allows {allowed}. "
         "Repair or remove the sample, or raise data.max_bad_fraction."
     )
 
 
 def left_out_of_budget(
-    left_out: Sequence[Mapping[str, int]], shard_names: Sequence[str], num_samples: int, max_bad_fraction: float
+    left_out: Sequence[Mapping[str, int]],
+    shard_names: Sequence[str],
+    num_samples: int,
+    max_bad_fraction: float,
+    problems: Sequence[str] = (),
 ) -> DataError | None:
     """The error to raise when more samples cannot even be asked for than may be skipped, or None.
 
@@ -59,6 +70,7 @@ def left_out_of_budget(
         shard_names: what to call each shard.
         num_samples: samples in all shards, these included.
         max_bad_fraction: share of them that may be skipped.
+        problems: what is known to be wrong, one line each.
     """
     bad = {
         name: {reason: count for reason, count in reasons.items() if reason not in NOT_BAD and count}
@@ -75,9 +87,9 @@ def left_out_of_budget(
     )
     more = f"; and {len(bad) - 3} more shards" if len(bad) > 3 else ""
     return DataError(
-        f"{total} of {num_samples} samples cannot be used ({first}{more}), and data.max_bad_fraction="
-        f"{max_bad_fraction:g} allows {allowed}. `eclosion index` lists them. Repair the shards, or raise "
-        "data.max_bad_fraction."
+        (f"{problems[0]} " if problems else "")
+        + f"{total} of {num_samples} samples cannot be used ({first}{more}), and data.max_bad_fraction="
+        f"{max_bad_fraction:g} allows {allowed}. Repair the shards, or raise data.max_bad_fraction."
     )
 
 
@@ -96,6 +108,16 @@ class Shards:
     left_out: Sequence[Mapping[str, int]]
     shard_at: Callable[[int], int]
     counts: Callable[[int], Sequence[int] | NDArray[np.int64]]
+
+    @cached_property
+    def num_left_out(self) -> int:
+        """How many samples cannot be asked for."""
+        return sum(sum(reasons.values()) for reasons in self.left_out)
+
+    @cached_property
+    def num_bad(self) -> int:
+        """How many of these count against the budget, in every epoch."""
+        return sum(count for reasons in self.left_out for reason, count in reasons.items() if reason not in NOT_BAD)
 
 
 @dataclass
@@ -202,7 +224,7 @@ class Ledger:
                 self.skipped_in.setdefault(shard, Counter())[skip.reason] += 1
             if len(self.named) < MAX_NAMED:
                 self.named.append({"position": skip.position, "name": skip.name, "reason": skip.reason})
-            error = over_budget(skip, self._bad(), self.num_samples, self.max_bad_fraction)
+            error = over_budget(skip, self._bad(), self.num_samples, self.max_bad_fraction, self.shards)
             if error:
                 raise error
         self.delivered += end - self.position - len(skipped)
@@ -220,6 +242,7 @@ class Ledger:
         self.delivered, self.skipped, self.named, self.skipped_in = 0, Counter(), [], {}
 
     def _bad(self) -> int:
+        """How many samples of the current epoch were asked for and are bad."""
         return sum(count for reason, count in self.skipped.items() if reason not in NOT_BAD)
 
     def _by_shard(self, shards: Shards) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import count, islice
 
 import numpy as np
@@ -20,7 +20,7 @@ from eclosion.data.images import decode
 from eclosion.data.ledger import NOT_BAD, Shards, left_out_of_budget, over_budget
 from eclosion.data.order import Order
 from eclosion.data.source import KeyedSamples, Sample, Samples, ShardedSamples
-from eclosion.data.transforms import Pixels, Transform, to_float
+from eclosion.data.transforms import Pixels, to_float, transform_of
 from eclosion.errors import BadSample, ConfigError, DataError, UserError
 from eclosion.rng import generator, integer_seed
 
@@ -117,12 +117,12 @@ class Loader:
         if self._sharded and (error := _left_out(self._sharded, config.max_bad_fraction)):
             raise error
         self.order = _order(samples, self._sharded, config, seed)
-        self.transform = Transform.of(config)
+        self.transform = transform_of(config)
         self._keyed = samples if isinstance(samples, KeyedSamples) else None
         # what a random reading gave once must not be given again
         self._cache = _Cache(0 if self._keyed else int(config.cache_gb * 2**30))
 
-    @property
+    @cached_property
     def shards(self) -> Shards | None:
         """Where samples lie, for the ledger; None if not in shards."""
         if self._sharded is None:
@@ -215,18 +215,17 @@ class Loader:
                 return chunk
             try:
                 ready = self._ready(index, position)
+                here = self._augmented(ready.image, index, position)
                 chunk.weights.append(1.0)
             except BadSample as error:
-                ready = NOTHING
+                ready, here = NOTHING, NOTHING.image
                 chunk.weights.append(0.0)
                 chunk.skipped.append(_skip(position, error))
-            if isinstance(ready.image, Tensor):
-                as_they_are[len(pixels)] = ready.image
+            if isinstance(here, Tensor):
+                as_they_are[len(pixels)] = here
                 pixels.append(BLANK)
-            elif self.transform.is_random:
-                pixels.append(self.transform.augment(ready.image, generator(self.seed, "augment", position)))
             else:
-                pixels.append(ready.image)
+                pixels.append(here)
             for name, array in ready.arrays.items():
                 out.arrays[name][len(chunk.labels)] = array
             chunk.captions.append(ready.caption)
@@ -235,6 +234,11 @@ class Loader:
         for row, image in as_they_are.items():
             out.image[row] = image.numpy()
         return chunk
+
+    def _augmented(self, image: Pixels | Tensor, index: int, position: int) -> Pixels | Tensor:
+        if isinstance(image, Tensor) or not self.transform.is_random:
+            return image
+        return self.transform.augment(image, generator(self.seed, "augment", position), self.samples.name(index))
 
     def _ready(self, index: int, position: int) -> _Ready:
         ready = self._cache.get(index)
@@ -259,7 +263,7 @@ class Loader:
     def _prepare(self, sample: Sample) -> _Ready:
         image, caption, label = sample.image, sample.caption or "", sample.label or 0
         if isinstance(image, bytes):
-            image = decode(image, sample.name)
+            image = decode(image, sample.name, at_least=self.transform.at_least)
         if not isinstance(image, Tensor):
             return _Ready(self.transform.prepare(image, sample.name), caption, label, sample.arrays)
         height, width = self.config.size
@@ -274,7 +278,7 @@ class Loader:
         for skip in skipped:
             epoch = skip.position // self.order.num_samples
             bad[epoch] = bad.get(epoch, 0) + (skip.reason not in NOT_BAD)
-            error = over_budget(skip, bad[epoch], self.order.num_samples, self.config.max_bad_fraction)
+            error = over_budget(skip, bad[epoch], self.order.num_samples, self.config.max_bad_fraction, self.shards)
             if error:
                 raise error
 
@@ -313,7 +317,7 @@ class _Cache:
 
 def _left_out(samples: ShardedSamples, max_bad_fraction: float) -> DataError | None:
     num_samples = sum(samples.shard_sizes) + sum(sum(reasons.values()) for reasons in samples.left_out)
-    return left_out_of_budget(samples.left_out, samples.shard_names, num_samples, max_bad_fraction)
+    return left_out_of_budget(samples.left_out, samples.shard_names, num_samples, max_bad_fraction, samples.problems)
 
 
 def _order(samples: Samples, sharded: ShardedSamples | None, config: DataConfig, seed: int) -> Order:

@@ -74,14 +74,18 @@ class ShardedSamples(Protocol):
         shard_names: what to call each shard.
         left_out: per shard, how many samples it holds besides, which cannot be asked for, by reason.
         array_shapes: shape of each array that every sample brings, by the names in `eclosion.data.batch.FIELDS`.
-        notes: what the user should know of the shards, one line each.
+        problems: what is wrong with them, one line each.
+        notes: what the user should know of the shards, problems included, one line each.
+        splits: name of a split -> the shards that it has samples of.
     """
 
     shard_sizes: Sequence[int]
     shard_names: Sequence[str]
     left_out: Sequence[Mapping[str, int]]
     array_shapes: Mapping[str, tuple[int, ...]]
+    problems: Sequence[str]
     notes: Sequence[str]
+    splits: Mapping[str, Sequence[str]]
 
     def fetch_ahead(self, shards: Sequence[int]) -> None:
         """Told which shards will be read next, in their order, so that remote ones can be on their way."""

@@ -20,7 +20,7 @@ from eclosion.config.overrides import apply_overrides
 from eclosion.config.schema import DataConfig, RunConfig, steps_in
 from eclosion.data.ledger import NOT_BAD, over_budget
 from eclosion.data.loader import Loader
-from eclosion.data.source import Samples
+from eclosion.data.source import Samples, ShardedSamples
 from eclosion.device import pick_device, pick_precision
 from eclosion.errors import EnvironmentProblem, UserError
 from eclosion.registry import build, dump
@@ -160,6 +160,7 @@ def _look_at_run(found: Check, loaded: LoadedConfig) -> None:
     with found.looking():
         samples = run.data.source.open()
         found.data = _count(samples)
+        found.notes += samples.notes if isinstance(samples, ShardedSamples) else []
     # Stands in for data that cannot be opened, so that the rest is looked at all the same.
     stand_in = samples or build("sources", {"name": "butterflies", "size": 1}).open()
     with found.looking():
@@ -216,7 +217,7 @@ def _look_at_images(found: Check, loader: Loader) -> None:
     bad = 0
     for skip in batch.skipped:
         bad += skip.reason not in NOT_BAD
-        error = over_budget(skip, bad, num_samples, loader.config.max_bad_fraction)
+        error = over_budget(skip, bad, num_samples, loader.config.max_bad_fraction, loader.shards)
         if error:
             raise error
         found.notes.append(f"{skip.name}: {skip.detail} It will be skipped.")

@@ -9,7 +9,7 @@ import torch
 from eclosion.checkpoint.store import CheckpointStore
 from eclosion.config.schema import RunConfig
 from eclosion.data.batch import Batch, Skip
-from eclosion.data.ledger import Ledger
+from eclosion.data.ledger import NOT_BAD, Ledger
 from eclosion.data.loader import Loader
 from eclosion.data.source import Samples
 from eclosion.exporting import export_trained
@@ -23,6 +23,9 @@ from eclosion.training.signals import StopSignals
 from eclosion.training.state import TrainState
 
 __all__ = ["Context", "Every"]
+
+# Skipped samples that are told of one by one, each time the ledger is brought up to date; all are counted there.
+MAX_TOLD = 20
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Context:
     def _settle(self) -> None:
         skipped = [skip for part in self.world.gather(self._skipped) for skip in part]
         if self.world.leads:
-            for skip in skipped:
+            for skip in [skip for skip in skipped if skip.reason not in NOT_BAD][:MAX_TOLD]:
                 self.tracker.say(f"skipped {skip.name}: {skip.detail}", position=skip.position, reason=skip.reason)
         # Only the ledger knows what all processes skipped; if that is too much, all must stop.
         self.world.lead(lambda: self.ledger.record(range(self._recorded, self.state.samples_seen), skipped))

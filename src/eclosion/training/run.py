@@ -12,6 +12,7 @@ import torch
 
 from eclosion.config.load import load
 from eclosion.config.schema import RunConfig
+from eclosion.data.source import Samples, ShardedSamples
 from eclosion.data.torch_dataset import TorchDatasetSamples
 from eclosion.device import pick_device
 from eclosion.errors import ConfigError, EnvironmentProblem, Interrupted, LockedError, OutOfMemory, UserError
@@ -59,7 +60,7 @@ def train(
     with StopSignals() as stop, _told(run):
         try:
             samples = run.data.source.open() if dataset is None else TorchDatasetSamples(dataset)
-            with world(pick_device(run.train.device).type) as w:
+            with _closing(samples), world(pick_device(run.train.device).type) as w:
                 run_until_done(run, samples, world=w, stop=stop, resume=resume, accept=accept_changes)
         except StopRequested:
             raise Interrupted(
@@ -67,6 +68,16 @@ def train(
                 f"{run.output}: stopped before the first step or after the last; nothing was lost. Start it again.",
             ) from None
     return Path(run.output)
+
+
+@contextmanager
+def _closing(samples: Samples) -> Iterator[None]:
+    """Let samples in shards stop what they fetch, when a run ends."""
+    try:
+        yield
+    finally:
+        if isinstance(samples, ShardedSamples):
+            samples.close()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from eclosion.checkpoint.store import CheckpointStore
 from eclosion.config.schema import RunConfig, last_step, steps_in
 from eclosion.data.ledger import Ledger
 from eclosion.data.loader import Loader
-from eclosion.data.source import Samples
+from eclosion.data.source import Samples, ShardedSamples
 from eclosion.device import environment, pick_device, pick_precision
 from eclosion.errors import ConfigError
 from eclosion.exporting import clean_exports
@@ -96,6 +96,8 @@ def start(
             write_json(folder.config, dump(run))
             tracker.start(state.step)
             stack.callback(tracker.close)
+            for note in samples.notes if isinstance(samples, ShardedSamples) else []:
+                tracker.say(note)
             _tell(tracker, state, store, origin, before, meta)
         c = Context(
             run=run,
@@ -201,10 +203,11 @@ def _meta(
     precision: str,
     world: World,
 ) -> dict[str, Any]:
+    splits = {"splits": dict(samples.splits)} if isinstance(samples, ShardedSamples) else {}
     return {
         "config": dump(run),
         "fingerprint": samples.fingerprint,
-        "facts": {"class_names": list(facts.class_names), "num_samples": epoch_samples},
+        "facts": {"class_names": list(facts.class_names), "num_samples": epoch_samples, **splits},
         "environment": environment(device) | {"precision": precision, "world_size": world.size},
     }
 
