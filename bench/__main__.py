@@ -24,6 +24,7 @@ from bench.table import markdown, number
 ROWS = {
     "S1": "bench.steps:overhead",
     "S2": "bench.steps:speed",
+    "S4": "bench.shards:shards",
     "S5": "bench.data_wait:data_wait",
     "S6": "bench.checkpoints:save",
     "S7": "bench.checkpoints:load",

@@ -7,22 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from bench import peer
 from bench.machine import Contention
 from bench.row import Goal, Row, Spread
-from bench.work import COMPUTE_BOUND, SMOKE, Network, facts, our_config, our_work, scratch_folder
+from bench.work import COMPUTE_BOUND, SMOKE, Network, facts, grainy_jpegs, our_config, our_work, scratch_folder
 from eclosion import train
-from eclosion.data.butterflies import ButterfliesSource
 from eclosion.rundir import RunDir
 
 __all__ = ["data_wait"]
 
 GOAL = Goal(0.01, 0.003)
-# So that a drawing compresses about as badly as a photograph: standard deviation, of 255.
-GRAIN = 6.0
 
 
 @dataclass(frozen=True)
@@ -160,14 +154,10 @@ def _share(steps: Sequence[_Step]) -> float:
 def _jpegs(folder: Path, plan: Plan) -> list[Path]:
     """Butterflies with grain, as files of photographic size."""
     folder.mkdir()
-    source = ButterfliesSource(size=plan.num_images, resolution=plan.resolution).open()
-    rng = np.random.default_rng(0)
     files = []
-    for i in range(plan.num_images):
-        drawn = np.asarray(source.read(i).image, np.float32)
-        grainy = np.clip(drawn + rng.normal(0, GRAIN, drawn.shape), 0, 255).astype(np.uint8)
+    for i, jpeg in enumerate(grainy_jpegs(plan.num_images, plan.resolution)):
         files.append(path := folder / f"{i:05d}.jpg")
-        Image.fromarray(grainy).save(path, quality=90)
+        path.write_bytes(jpeg)
     return files
 
 

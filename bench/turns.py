@@ -7,7 +7,7 @@ from types import TracebackType
 
 from bench.row import Spread
 
-__all__ = ["Contender", "Gate", "alternate"]
+__all__ = ["Contender", "Gate", "alternate", "idle_helpers_cpu"]
 
 # Names of threads that work for a side beside its own; their CPU time counts.
 HELPERS = ("eclosion-data",)
@@ -95,7 +95,7 @@ class Contender:
         self._gate.wait()
         self._raise()
         cpu, wall = self._gate.last
-        helped = _idle_helpers_cpu()
+        helped = idle_helpers_cpu()
         cpu, self._helped = cpu + helped - self._helped, helped
         return cpu, wall
 
@@ -161,8 +161,8 @@ def _helpers_cpu() -> float:
     return total
 
 
-def _idle_helpers_cpu() -> float:
-    """The same, once the helpers are idle: so that they do not work in another side's turn."""
+def idle_helpers_cpu() -> float:
+    """CPU seconds of all helper threads so far, once they are idle: so that none works in another side's turn."""
     now = _helpers_cpu()
     while now > 0:
         before = now

@@ -1,5 +1,6 @@
 """The work that is measured: networks, configs and pictures, the same for both sides."""
 
+import io
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -8,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL.Image import Image
+from PIL.Image import Image, fromarray
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,6 +33,7 @@ __all__ = [
     "bare_steps",
     "facts",
     "gflop",
+    "grainy_jpegs",
     "our_config",
     "our_steps",
     "our_work",
@@ -40,6 +43,8 @@ __all__ = [
 CPU = torch.device("cpu")
 # More steps than any measurement makes: so no run here reaches its end, where everything is due at once.
 ENDLESS = 1_000_000
+# So that a drawing compresses about as badly as a photograph: standard deviation, of 255.
+GRAIN = 6.0
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,20 @@ class Pictures:
     def read(self, index: int) -> Sample:
         """A sample, decoded already."""
         return Sample(self.images[index], self.name(index))
+
+
+def grainy_jpegs(number: int, resolution: int) -> list[bytes]:
+    """Butterflies with grain, as JPEG files of photographic size."""
+    source = ButterfliesSource(size=number, resolution=resolution).open()
+    rng = np.random.default_rng(0)
+    files = []
+    for i in range(number):
+        drawn = np.asarray(source.read(i).image, np.float32)
+        grainy = np.clip(drawn + rng.normal(0, GRAIN, drawn.shape), 0, 255).astype(np.uint8)
+        file = io.BytesIO()
+        fromarray(grainy).save(file, "JPEG", quality=90)
+        files.append(file.getvalue())
+    return files
 
 
 @contextmanager

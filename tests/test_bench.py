@@ -59,6 +59,27 @@ def test_starting_both_sides_as_processes_gives_a_row(tmp_path):
     assert [row["row"] for row in results["rows"]] == ["S11"]
 
 
+@pytest.mark.slow
+def test_reading_shards_on_both_sides_gives_rows_about_the_same_work(tmp_path):
+    results, table = measured("S4", out=tmp_path / "results.json")
+    rows = results["rows"]
+    assert [(row["row"], row["clock"]) for row in rows] == [("S4", "cpu")] * 4 + [("S4", "wall")] * 2
+    for row in rows:
+        assert row["verdict"] == "quick"
+        assert row["work"]["both"]["samples"] > 0
+        for side in ("ours", "peer"):
+            assert set(row[side]) == {"cpu", "wall"}
+            assert row[side]["cpu"]["median"] > 0
+        assert row["result"] == pytest.approx(row["extra"][f"{row['clock']}_result"])
+    decoded = rows[2:]
+    same = "pixels are equal, bit for bit"  # or the row is refused
+    assert [row["work"]["both"]["agreement"] == same for row in decoded] == [True, True, True, False]
+    assert decoded[-1]["comparison"] == "our defaults against theirs"
+    assert decoded[-1]["work"]["both"]["least_psnr_db"] > 40
+    assert table.count("| S4 |") == len(rows)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("eclosion-bench-")]  # nothing is left
+
+
 def test_a_name_that_is_no_row_is_refused():
     done = subprocess.run([sys.executable, "-m", "bench", "S99"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2

@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import warnings
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -247,3 +249,178 @@ def test_ctrl_c_saves_and_the_next_start_goes_on(config, tmp_path):
         f"{tmp_path / 'run'}: stopped at step {int(saved.removeprefix('step-'))}, which is saved. "
         "Start it again to go on.\n"
     )
+
+
+# ---------------------------------------------------------------------------------------------------- index and shard
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """Five pictures in a folder, with captions."""
+    monkeypatch.setenv("ECLOSION_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(5):
+        Image.new("RGB", (16, 16), (40 * number, 0, 99)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"number {number}")
+    return folder
+
+
+def table_of(outcome):
+    return {" ".join(line.split()) for line in outcome.out.splitlines()}
+
+
+def test_shard_writes_what_index_and_check_read(command, images, config, tmp_path):
+    out = tmp_path / "shards"
+    written = command("shard", images, out, "caption_suffix=.txt", "--samples-per-shard", 2)
+    assert (written.code, written.err) == (0, "")
+    assert written.out == f"5 samples in 3 shards: {out}\n"
+    assert sorted(path.name for path in out.glob("*.tar")) == ["00000.tar", "00001.tar", "00002.tar"]
+
+    indexed = command("index", f"{out}/{{}}.tar", "shard_width=5")
+    assert (indexed.code, indexed.err) == (0, "")
+    assert {
+        "samples 5 in 3 shards",
+        "in a shard 1 to 2",
+        "members 5 png, 5 txt, 5 json",
+        "left alone none",
+        "No problem found.",
+    } <= table_of(indexed)
+
+    source = f"data.source={{name: webdataset, webdataset_base_url: '{out}/{{}}.tar', shard_width: 5}}"
+    checked = command("check", config, source, "data.resize=cover")
+    assert (checked.code, checked.err) == (0, "")
+    assert "images 5" in table_of(checked)
+    assert command("data", "show", config, source, "data.resize=cover", "--out", tmp_path / "s.png").code == 0
+
+    again = command("shard", f"{out}/{{}}.tar", tmp_path / "again", "shard_width=5")
+    assert again.code != 0  # a path is a folder of images; shards are read by a config
+    assert again.err.startswith("error: ")
+
+
+def test_index_as_json_is_json_and_nothing_else(command, images, tmp_path):
+    out = tmp_path / "shards"
+    command("shard", images, out, "--samples-per-shard", 3)
+    found = json.loads(command("index", f"{out}/{{}}.tar", "shard_width=5", "--json").out)
+    assert found["num_samples"] == 5
+    assert [shard["num_samples"] for shard in found["shards"]] == [3, 2]
+    assert [shard["name"] for shard in found["shards"]] == [f"{out}/{number:05d}.tar" for number in range(2)]
+
+
+def test_index_names_problems_and_ends_with_the_code_of_wrong_data(command, images, tmp_path):
+    out = tmp_path / "shards"
+    command("shard", images, out, "--samples-per-shard", 2)
+    (out / "00001.tar").write_bytes((out / "00001.tar").read_bytes()[:700])
+    outcome = command("index", f"{out}/{{}}.tar", "shard_width=5")
+    assert outcome.code == 3
+    assert outcome.out.count("problem: ") == 1
+    assert f"problem: {out}/00001.tar, byte " in " ".join(outcome.out.split())
+    assert "samples 3 in 3 shards" in table_of(outcome)
+    as_json = command("index", f"{out}/{{}}.tar", "shard_width=5", "--json")
+    assert as_json.code == 3
+    assert [bool(shard["problem"]) for shard in json.loads(as_json.out)["shards"]] == [False, True, False]
+
+
+def test_index_tells_what_is_wrong_in_one_line(command, images, tmp_path):
+    cases = {
+        f"{tmp_path}/none/{{}}.tar": 3,
+        str(images): 2,
+        "butterflies": 2,
+        str(tmp_path / "none.yaml"): 2,
+    }
+    for given, code in cases.items():
+        outcome = command("index", given)
+        assert (outcome.code, outcome.out) == (code, ""), given
+        (line,) = outcome.err.splitlines()
+        assert line.startswith("error: ")
+    assert command("index").code == 2
+
+
+def test_index_runs_commands_with_the_flag_alone(command, images, tmp_path):
+    out = tmp_path / "shards"
+    command("shard", images, out, "--samples-per-shard", 5)
+    touched = tmp_path / "touched"
+    url = f"pipe:touch {touched}; cat {out}/{{}}.tar"
+    words = ("index", url, "shard_width=5", "end_shard=0")
+    refused = command(*words)
+    assert refused.code == 2
+    (line,) = refused.err.splitlines()
+    assert "--allow-pipe" in line
+    assert not touched.exists()
+    allowed = command(*words, "--allow-pipe")
+    assert (allowed.code, allowed.err) == (0, "")
+    assert touched.exists()
+    assert "samples 5 in 1 shards" in table_of(allowed)
+    assert command(*words).code == 2  # not from then on
+
+
+def test_shard_takes_a_config_a_folder_or_a_name(command, images, config, tmp_path):
+    assert command("shard", config, tmp_path / "a", "data.source.size=3").out.startswith("3 samples in 1 shards")
+    assert command("shard", "butterflies", tmp_path / "b", "size=4", "resolution=16").out.startswith("4 samples in 1 ")
+    assert command("shard", images, tmp_path / "c").out.startswith("5 samples in 1 ")
+    source = "data.source={name: webdataset, webdataset_base_url: '" + f"{tmp_path}/a/{{}}.tar" + "', shard_width: 5}"
+    assert command("shard", config, tmp_path / "d", source).out.startswith("3 samples in 1 ")
+
+
+def test_shard_stops_at_a_bad_sample_or_leaves_it_out_and_says_so(command, images, tmp_path):
+    (images / "2.png").write_bytes(b"broken")
+    out = tmp_path / "shards"
+    stopped = command("shard", images, out)
+    assert stopped.code == 3
+    (line,) = stopped.err.splitlines()
+    assert f"{images}/2.png" in line
+    assert not list(out.glob("*.tar"))
+    outcome = command("shard", images, tmp_path / "other", "--skip-bad")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.splitlines()[1:] == ["left out: 1 not_an_image"]
+
+
+def test_shard_puts_embeddings_beside_the_shards(command, images, tmp_path):
+    rows = np.arange(1, 11, dtype="f4").reshape(5, 2)
+    np.save(tmp_path / "rows.npy", rows)
+    out = tmp_path / "shards"
+    words = ("--samples-per-shard", 2, "--image-embeddings", tmp_path / "rows.npy")
+    assert command("shard", images, out, *words).code == 0
+    found = [np.load(path) for path in sorted((out / "img_emb").iterdir())]
+    assert np.array_equal(np.concatenate(found), rows)
+    np.save(tmp_path / "rows.npy", rows[:4])
+    outcome = command("shard", images, tmp_path / "other", *words)
+    assert outcome.code == 3
+    (line,) = outcome.err.splitlines()
+    assert "4 rows" in line
+    assert "5 samples" in line
+
+
+def test_shard_refuses_a_folder_that_holds_something_else_and_goes_on_with_its_own(command, images, tmp_path):
+    outcome = command("shard", images, images)
+    assert outcome.code == 2
+    assert len(outcome.err.splitlines()) == 1
+    assert not list(images.glob("*.tar"))
+    out = tmp_path / "shards"
+    command("shard", images, out, "--samples-per-shard", 2)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    (out / "00001.tar").unlink()
+    assert command("shard", images, out, "--samples-per-shard", 2).code == 0
+    after = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert after.keys() == before.keys()
+    assert {path.name for path in before if path.is_file() and before[path] != after[path]} <= {
+        "00001.tar",
+        "shards.json",
+    }
+    assert command("shard", images, out, "--samples-per-shard", 3).code == 2
+
+
+def test_shards_that_lost_samples_are_not_copied_in_silence(command, images, config, tmp_path):
+    """What the index of a shard shows to be lost is as lost as an image that is broken."""
+    out = tmp_path / "shards"
+    command("shard", images, out, "--samples-per-shard", 5)
+    path = out / "00000.tar"
+    with tarfile.open(path) as tar:
+        path.write_bytes(path.read_bytes()[: tar.getmember("000000003.json").offset])
+    source = "data.source={name: webdataset, webdataset_base_url: '" + f"{out}/{{}}.tar" + "', shard_width: 5}"
+    stopped = command("shard", config, tmp_path / "copy", source)
+    assert stopped.code == 3
+    assert str(path) in stopped.err
+    outcome = command("shard", config, tmp_path / "other", source, "--skip-bad")
+    assert outcome.code == 0
+    assert "damaged_shard" in outcome.out

@@ -253,7 +253,7 @@ def test_a_data_set_of_the_user_is_read_by_one_thread_at_a_time(tmp_path):
 
 def test_what_a_source_brings_itself_is_kept(tmp_path):
     class Sharded(Broken):
-        shard_sizes, shard_names, left_out, problems, notes, splits, closed = (23,), ("all",), (), (), (), None, 0
+        shard_sizes, shard_names, left_out, problems, notes, splits, closed = (23,), ("all",), ({},), (), (), None, 0
 
         @property
         def array_shapes(self):

@@ -29,6 +29,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError, PydanticUndefined, core_schema
 
 from eclosion.errors import ConfigError, MissingExtraError, did_you_mean
+from eclosion.redaction import scheme_of, shown
 
 T = TypeVar("T")
 
@@ -205,7 +206,7 @@ def part_of(annotation: object) -> PartOf | None:
 
 
 def dump(value: Any) -> Any:
-    """A config value as plain JSON data; a part becomes its name and options."""
+    """A config value as plain JSON data, fit to be kept: a part becomes its name and options, URLs lose secrets."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: dump(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
         name = _name_of(type(value))
@@ -214,6 +215,8 @@ def dump(value: Any) -> Any:
         return {str(key): dump(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [dump(item) for item in value]
+    if isinstance(value, str) and scheme_of(value):
+        return shown(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return str(value)

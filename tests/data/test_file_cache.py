@@ -111,7 +111,7 @@ def keys(places):
     return {place.key for place in places}
 
 
-def until(condition, seconds=5):
+def until(condition, seconds=30):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"

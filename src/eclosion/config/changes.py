@@ -46,6 +46,7 @@ FREE = (
     "overwrite",
     "export",
     "data.num_threads",
+    "data.source.cache_limit_gb",
     "data.cache_gb",
     "train.micro_batch_size",
     "train.gradient_checkpointing",

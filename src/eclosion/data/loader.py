@@ -3,7 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -30,12 +30,17 @@ __all__ = ["Loader"]
 STEPS_AHEAD = 3
 # Images that one thread reads in one go: few, so that one batch keeps all threads busy and a stop is seen soon.
 CHUNK = 16
+# How long threads are waited for when reading ends.
+CLOSE_SECONDS = 5.0
+# The newest tasks of threads that are remembered: more than can be under way.
+MAX_BEGUN = 4096
 
 
 @dataclass(frozen=True)
 class _Ready:
     """A sample after the part of the transforms that is the same each time."""
 
+    name: str
     image: Pixels | Tensor
     caption: str
     label: int
@@ -70,7 +75,7 @@ class _Rows:
 # Starts a task now or in a thread; what it returns waits for the result.
 _Submit = Callable[..., Callable[[], _Chunk]]
 # Stands in the place of a sample that cannot be read.
-NOTHING = _Ready(torch.zeros(3, 1, 1), "", 0)
+NOTHING = _Ready("", torch.zeros(3, 1, 1), "", 0)
 # Stands in the place of pixels that are not used.
 BLANK = np.zeros((3, 1, 1), np.uint8)
 
@@ -168,7 +173,8 @@ class Loader:
             return
         stop = threading.Event()
         pool = ThreadPoolExecutor(self.config.num_threads, thread_name_prefix="eclosion-data")
-        start_step = partial(self._start_step, submit=partial(_in_thread, pool, stop))
+        begun: deque[Future[_Chunk]] = deque(maxlen=MAX_BEGUN)
+        start_step = partial(self._start_step, submit=partial(_in_thread, pool, stop, begun))
         try:
             ahead = deque(start_step(begin) for begin in islice(starts, STEPS_AHEAD))
             for begin in starts:
@@ -178,7 +184,11 @@ class Loader:
                 yield step
         finally:
             stop.set()  # what is queued ends at once
-            pool.shutdown()
+            pool.shutdown(wait=False)
+            # a thread may wait for a server, until the samples are closed
+            running = [future for future in begun if future.running()]
+            if not running or not wait(running, CLOSE_SECONDS).not_done:
+                pool.shutdown()
 
     def _start_step(self, begin: int, submit: _Submit) -> list[Callable[[], Batch]]:
         cuts = range(begin, begin + self.share, self.micro_batch_size)
@@ -215,7 +225,7 @@ class Loader:
                 return chunk
             try:
                 ready = self._ready(index, position)
-                here = self._augmented(ready.image, index, position)
+                here = self._augmented(ready, position)
                 chunk.weights.append(1.0)
             except BadSample as error:
                 ready, here = NOTHING, NOTHING.image
@@ -235,10 +245,10 @@ class Loader:
             out.image[row] = image.numpy()
         return chunk
 
-    def _augmented(self, image: Pixels | Tensor, index: int, position: int) -> Pixels | Tensor:
-        if isinstance(image, Tensor) or not self.transform.is_random:
-            return image
-        return self.transform.augment(image, generator(self.seed, "augment", position), self.samples.name(index))
+    def _augmented(self, ready: _Ready, position: int) -> Pixels | Tensor:
+        if isinstance(ready.image, Tensor) or not self.transform.is_random:
+            return ready.image
+        return self.transform.augment(ready.image, generator(self.seed, "augment", position), ready.name)
 
     def _ready(self, index: int, position: int) -> _Ready:
         ready = self._cache.get(index)
@@ -265,14 +275,14 @@ class Loader:
         if isinstance(image, bytes):
             image = decode(image, sample.name, at_least=self.transform.at_least)
         if not isinstance(image, Tensor):
-            return _Ready(self.transform.prepare(image, sample.name), caption, label, sample.arrays)
+            return _Ready(sample.name, self.transform.prepare(image, sample.name), caption, label, sample.arrays)
         height, width = self.config.size
         if tuple(image.shape) != (3, height, width):
             raise DataError(
                 f"{sample.name}: is a tensor {list(image.shape)}, and data.image_size asks for [3, {height}, {width}]. "
                 "Tensors are used as they are: resize them in the data set, or set data.image_size."
             )
-        return _Ready(_as_float(image), caption, label, sample.arrays)
+        return _Ready(sample.name, _as_float(image), caption, label, sample.arrays)
 
     def _check_budget(self, skipped: Sequence[Skip], bad: dict[int, int]) -> None:
         for skip in skipped:
@@ -294,7 +304,9 @@ class _Ahead:
         shard = self._order.shard_at(position)
         if shard != self._told:
             self._told = shard
-            self._samples.fetch_ahead(list(islice(self._order.shards_from(position), 2 * self._order.window + 2)))
+            # two windows, or all there are and those after them that come again first
+            number = min(2 * self._order.window + 2, 2 * len(self._samples.shard_sizes))
+            self._samples.fetch_ahead(list(dict.fromkeys(islice(self._order.shards_from(position), number))))
 
 
 class _Cache:
@@ -385,6 +397,12 @@ def _now(task: Callable[..., _Chunk], *args: object) -> Callable[[], _Chunk]:
 
 
 def _in_thread(
-    pool: ThreadPoolExecutor, stop: threading.Event, task: Callable[..., _Chunk], *args: object
+    pool: ThreadPoolExecutor,
+    stop: threading.Event,
+    begun: deque[Future[_Chunk]],
+    task: Callable[..., _Chunk],
+    *args: object,
 ) -> Callable[[], _Chunk]:
-    return pool.submit(task, *args, stop.is_set).result
+    future = pool.submit(task, *args, stop.is_set)
+    begun.append(future)
+    return future.result

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -136,6 +136,14 @@ class ShardIndex:
         """How many samples have a member of each kind that occurs."""
         found = (self.offsets >= 0).sum(0).tolist()
         return {kind: count for kind, count in zip(KINDS, found, strict=True) if count}
+
+    def by_suffix(self) -> dict[str, int]:
+        """How many members that are read have each suffix, in lower case."""
+        found: Counter[str] = Counter()
+        codes, counts = np.unique(self.spellings[self.spellings >= 0], return_counts=True)
+        for code, count in zip(codes.tolist(), counts.tolist(), strict=True):
+            found[self.suffixes[code].lower()] += count
+        return dict(found)
 
     def last_digits(self, width: int) -> NDArray[np.int64]:
         """The number that the last characters of each key spell, int64 [N]; -1 where they are no digits.
@@ -258,7 +266,8 @@ def indices(
         while ahead:
             yield ahead.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        # not waited for: what is being fetched may take long, and ends when its cache is closed
+        pool.shutdown(wait=False, cancel_futures=True)
         if builders:
             builders.close()
 

@@ -398,7 +398,8 @@ def _missing(base_url: str, missing: Sequence[str], num_found: int, width: int) 
     named = ", ".join(missing[:MAX_NAMED])
     more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
     if num_wanted == 1:
-        return f"{OPTION}: {named} does not exist."
+        told = " (404)" if scheme_of(base_url) in {"http", "https"} else ""
+        return f"{OPTION}: {named} does not exist{told}."
     if not num_found:
         hint = "".join(_width_hint(template, width) for template in _templates(base_url)[:1] if "{}" in base_url)
         return f"{OPTION}: none of {num_wanted} shards exists: {named}{more}.{hint}"

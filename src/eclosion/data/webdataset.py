@@ -134,6 +134,13 @@ class WebDatasetSource:
             limit_bytes=int(self.cache_limit_gb * 2**30),
             num_processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),  # of torchrun, on this machine
         )
+        try:
+            return self._open(cache, shares)
+        except BaseException:  # a signal, too, must end what is being fetched
+            cache.close()
+            raise
+
+    def _open(self, cache: FileCache, shares: Mapping[str, float]) -> "WebDatasetSamples":
         shards, missing = self.locate()
         parts, by_sample = _divide(self, cache, shards, shares)
         arrays = _arrays(self, cache, shards, parts)
@@ -464,6 +471,8 @@ class _Opened:
         with cache.open(shard.place) as file:
             self._fd = os.dup(file.fileno())
         finalize(self, os.close, self._fd)
+        # a fetched file is marked as used by changing its time
+        self._stamp = self._now() if local_path(shard.place.url) else None
 
     def name(self, sample: int, kind: str = "image") -> str:
         """What to call a member in messages."""
@@ -488,12 +497,28 @@ class _Opened:
         except OSError as error:
             raise BadSample(self.name(sample, kind), "unreadable", f"cannot be read ({error.strerror}).") from error
         if len(found) != size:
-            raise BadSample(
-                self.name(sample, kind),
-                "changed",
-                "the shard is shorter than when it was indexed. Leave shards as they are while a run reads them.",
-            )
+            raise self._changed(sample, kind)
         return found
+
+    def check_unchanged(self, sample: int) -> None:
+        """See that what was read of a sample is of the file that was opened.
+
+        Raises:
+            BadSample: reason "changed".
+        """
+        if self._stamp and self._now() != self._stamp:
+            raise self._changed(sample, "image")
+
+    def _now(self) -> tuple[int, int]:
+        status = os.fstat(self._fd)
+        return status.st_size, status.st_mtime_ns
+
+    def _changed(self, sample: int, kind: str) -> BadSample:
+        return BadSample(
+            self.name(sample, kind),
+            "changed",
+            "the shard has changed since it was indexed. Leave shards as they are while a run reads them.",
+        )
 
 
 class WebDatasetSamples:
@@ -527,7 +552,7 @@ class WebDatasetSamples:
         self.left_out = [c.left_out for c in self._chosen]
         self.array_shapes = {array.name: array.shape for array in arrays}
         self.problems = [problem for c in self._chosen for problem in c.problems]
-        self.notes = [*notes, *self.problems]
+        self.notes = [*notes, *_left_out_note(self.left_out, sum(self.shard_sizes)), *self.problems]
         self._ends = list(accumulate(self.shard_sizes))
         if not len(self):
             raise DataError(_nothing(source, splits[source.split], self.left_out, self.notes))
@@ -564,7 +589,9 @@ class WebDatasetSamples:
         image = opened.member(sample, "image")
         arrays = {array.name: self._array(array, opened, sample) for array in self._arrays}
         label = int(opened.index.labels[sample]) if self._source.labels else None
-        return Sample(image, opened.name(sample), self._caption(opened, sample), label, arrays)
+        caption = self._caption(opened, sample)
+        opened.check_unchanged(sample)
+        return Sample(image, opened.name(sample), caption, label, arrays)
 
     def fetch_ahead(self, shards: Sequence[int]) -> None:
         """Fetch the files of these shards in the background, if they are elsewhere."""
@@ -653,6 +680,15 @@ class WebDatasetSamples:
             if array.folder:
                 digest.update(array.folder.fingerprint.encode())
         return digest.hexdigest()
+
+
+def _left_out_note(left_out: Sequence[Mapping[str, int]], num_used: int) -> list[str]:
+    """One line about what cannot be asked for, if there is anything."""
+    reasons: Counter[str] = sum(map(Counter, left_out), Counter())
+    if not reasons:
+        return []
+    said = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    return [f"{reasons.total()} of {reasons.total() + num_used} samples of the shards are left out: {said}."]
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

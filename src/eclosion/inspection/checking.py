@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,7 @@ def _look_at_run(found: Check, loaded: LoadedConfig) -> None:
     with found.looking():
         loader = Loader(
             stand_in,
-            run.data,
+            run.data if samples else replace(run.data, resample=False, epoch_samples=None),
             seed=run.seed,
             batch_size=run.train.batch_size,
             micro_batch_size=run.train.micro_batch_size,

@@ -87,7 +87,7 @@ def _report(shards: Iterable[tuple[Shard, ShardIndex]], missing: Sequence[str]) 
     ignored: Counter[str] = Counter()
     reports, without_image = [], 0
     for shard, index in shards:
-        members.update(index.counts())
+        members.update(index.by_suffix())
         ignored.update(index.ignored)
         without_image += len(index) - index.counts().get("image", 0)
         reports.append(ShardReport(shard.name, len(index), shard.place.size, index.problem))

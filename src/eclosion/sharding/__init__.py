@@ -36,6 +36,7 @@ from eclosion.checkpoint.disk import make_folder
 from eclosion.checkpoint.lock import RunLock
 from eclosion.data.folder import FolderSamples
 from eclosion.data.images import decode, to_rgb
+from eclosion.data.ledger import left_out_of_budget
 from eclosion.data.source import KeyedSamples, Sample, Samples, ShardedSamples, Source
 from eclosion.errors import BadSample, ConfigError, DataError, printable
 from eclosion.rundir import RunDir
@@ -112,6 +113,8 @@ def shard(
     given = {"img_emb": image_embeddings, "text_emb": text_embeddings}
     samples: Samples = source.open() if hasattr(source, "open") else source
     try:
+        if isinstance(samples, ShardedSamples) and not skip_bad:
+            _refuse_left_out(samples)
         rows = find_rows(samples, {name: None if path is None else Path(path) for name, path in given.items()})
         plan = _Plan(samples, Path(out).expanduser(), samples_per_shard, rows, skip_bad)
         with writing(plan.out):
@@ -122,6 +125,8 @@ def shard(
         if len(done) < plan.num_shards or plan.record.aside.exists():
             done = _write(plan, num_workers, on_shard or (lambda done, total: None))
         skipped = Counter(sample["reason"] for shard in done.values() for sample in shard.skipped)
+        for reasons in samples.left_out if isinstance(samples, ShardedSamples) else ():
+            skipped.update(reasons)
         num_samples = sum(shard.num_samples for shard in done.values())
         return WrittenShards(plan.out, plan.num_shards, num_samples, dict(sorted(skipped.items())))
     finally:
@@ -220,6 +225,16 @@ def _write(plan: _Plan, num_workers: int, on_shard: OnShard) -> dict[int, Finish
                 on_shard(len(done), plan.num_shards)
         plan.record.finish([done[number] for number in range(plan.num_shards)], plan.samples.class_names)
     return done
+
+
+def _refuse_left_out(samples: ShardedSamples) -> None:
+    """Refuse to leave out in silence what cannot be read of shards."""
+    num_samples = sum(samples.shard_sizes) + sum(sum(reasons.values()) for reasons in samples.left_out)
+    error = left_out_of_budget(samples.left_out, samples.shard_names, num_samples, 0.0, samples.problems)
+    if error:
+        raise DataError(
+            f"{str(error).partition(', and data.max_bad_fraction')[0]}. Repair them, or leave them out with skip_bad."
+        )
 
 
 def _refuse_gaps(done: Iterable[Finished]) -> None:

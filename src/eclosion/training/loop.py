@@ -44,7 +44,7 @@ def run_until_done(
         clock = Clock(state.samples_seen)
         try:
             while not state.done:
-                with clock.waiting():
+                with clock.waiting(), stop.leaving(allowed=world.size == 1):  # a server may keep it waiting
                     micro_batches = next(steps)
                 for stage in state.trained:  # frozen stages are in the checkpoint, not in here
                     for i, batch in enumerate(micro_batches):

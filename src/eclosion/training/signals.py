@@ -4,6 +4,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -53,6 +55,23 @@ class StopSignals:
         self.received = self.received or number
         if not self.saves_first:
             raise StopRequested
+
+    @contextmanager
+    def leaving(self, *, allowed: bool) -> Iterator[None]:
+        """A wait that a signal may end at once, through `StopRequested`, as nothing is under way in it.
+
+        Args:
+            allowed: not where other processes must leave at the same place.
+        """
+        if not allowed:
+            yield
+            return
+        before, self.saves_first = self.saves_first, False
+        try:
+            self.on_step()
+            yield
+        finally:
+            self.saves_first = before
 
     def on_step(self, *_: object) -> None:
         """Leave through `StopRequested` if a signal has come; called inside long work."""
