@@ -64,6 +64,7 @@ SOURCES = {
 }
 MODELS = {
     "diffusers": "eclosion.models.diffusers:DiffusersModel",
+    "unclip_unet": "eclosion.models.unclip:UnclipUNetModel",
 }
 TASKS = {
     "unconditional": "eclosion.tasks.unconditional:Unconditional",

@@ -7,7 +7,8 @@ import torch
 
 from eclosion.diffusion.denoiser import Denoiser, threshold
 from eclosion.diffusion.noise_schedule import Linear, RectifiedFlow
-from eclosion.diffusion.prediction import PredictionType, target, to_epsilon
+from eclosion.diffusion.prediction import PredictionType, target, to_epsilon, to_sample
+from eclosion.diffusion.variance import LearnedVariance
 from eclosion.errors import ConfigError
 
 SCHEDULE = Linear().build()
@@ -120,3 +121,119 @@ def test_the_network_runs_under_autocast_and_the_estimate_is_float32(prediction_
         out = denoise(images()[0], 500)
     assert seen[0].dtype == torch.bfloat16
     assert out.dtype == torch.float32
+
+
+# ------------------------------------------------------------------ learned variance
+
+
+def two_halves() -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs with and without a condition, [2, 6, 4, 4] each."""
+    a, b = torch.randn(2, 2, 6, 4, 4, generator=torch.Generator().manual_seed(3))
+    return a, b
+
+
+@pytest.mark.parametrize("prediction_type", get_args(PredictionType))
+def test_a_learned_variance_does_not_change_the_image(prediction_type):
+    x_t, output = images()[0], two_halves()[0]
+    plain = Denoiser(net=lambda x, t: output[:, :3], schedule=SCHEDULE, prediction_type=prediction_type)
+    learned = Denoiser(
+        net=lambda x, t: output,
+        schedule=SCHEDULE,
+        prediction_type=prediction_type,
+        learned_variance=LearnedVariance(),
+    )
+    estimate = learned.estimate(x_t, T)
+    assert torch.equal(estimate.x_0, plain(x_t, T))
+    assert torch.equal(learned(x_t, T), plain(x_t, T))
+    torch.testing.assert_close(estimate.fraction, (output[:, 3:] + 1) / 2)
+    assert plain.estimate(x_t, T).fraction is None
+
+
+def test_guidance_leaves_the_variance_to_the_condition():
+    """DALLE2-pytorch guides all channels, so that a guided image is noised by a variance that nobody learned."""
+    x_t, (cond, uncond) = images()[0], two_halves()
+    guided = Denoiser(
+        net=lambda x, t: cond,
+        uncond=lambda x, t: uncond,
+        schedule=SCHEDULE,
+        prediction_type="epsilon",
+        guidance_scale=7.0,
+        learned_variance=LearnedVariance(constrain_fraction=True),
+    )
+    estimate = guided.estimate(x_t, T)
+    assert torch.equal(estimate.fraction, torch.sigmoid((cond[:, 3:] + 1) / 2))
+    eps = uncond[:, :3] + 7.0 * (cond[:, :3] - uncond[:, :3])
+    torch.testing.assert_close(estimate.x_0, to_sample("epsilon", eps, x_t, T, SCHEDULE))
+
+
+def test_guidance_dynamic_thresholding_and_a_learned_variance_go_together():
+    """By hand: guide the first three channels, solve for x_0, clamp each image at its own quantile."""
+    x_t, (cond, uncond) = images()[0], two_halves()
+    denoise = Denoiser(
+        net=lambda x, t: cond,
+        uncond=lambda x, t: uncond,
+        schedule=SCHEDULE,
+        prediction_type="v_prediction",
+        guidance_scale=8.0,
+        clip_sample=True,
+        dynamic_threshold=0.8,
+        learned_variance=LearnedVariance(),
+    )
+    estimate = denoise.estimate(x_t, T)
+    for i, t in enumerate(T.tolist()):
+        alpha, sigma = SCHEDULE.alphas[t], SCHEDULE.sigmas[t]
+        v = uncond[i, :3].double() + 8 * (cond[i, :3].double() - uncond[i, :3].double())
+        x_0 = alpha * x_t[i].double() - sigma * v
+        s = max(1.0, torch.quantile(x_0.abs().flatten(), 0.8).item())
+        assert s > 1.5  # or the test would say nothing
+        torch.testing.assert_close(estimate.x_0[i].double(), x_0.clamp(-s, s) / s, rtol=1e-4, atol=1e-5)
+    assert torch.equal(estimate.fraction, (cond[:, 3:] + 1) / 2)
+
+
+def test_under_autocast_the_fraction_is_float32():
+    conv = torch.nn.Conv2d(3, 6, 1)
+    denoise = Denoiser(
+        net=lambda x, t: conv(x), schedule=SCHEDULE, prediction_type="epsilon", learned_variance=LearnedVariance()
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        estimate = denoise.estimate(images()[0], 500)
+    assert estimate.fraction.dtype == estimate.x_0.dtype == torch.float32
+
+
+def test_a_network_without_room_for_a_variance_is_noticed():
+    denoise = Denoiser(
+        net=lambda x, t: x, schedule=SCHEDULE, prediction_type="epsilon", learned_variance=LearnedVariance()
+    )
+    with pytest.raises(AssertionError):
+        denoise(images()[0], 5)
+
+
+# ------------------------------------------------------------------ self-conditioning
+
+
+def test_both_networks_see_the_earlier_estimate_or_zeros():
+    seen = []
+
+    def network(x, t, previous):
+        seen.append(previous)
+        return x
+
+    denoise = Denoiser(
+        net=network,
+        uncond=network,
+        schedule=SCHEDULE,
+        prediction_type="sample",
+        guidance_scale=2.0,
+        self_conditioned=True,
+    )
+    x_t, earlier = images()
+    denoise.estimate(x_t, 5)
+    denoise.estimate(x_t, 5, earlier)
+    assert torch.equal(torch.stack(seen[:2]), torch.zeros(2, *x_t.shape))
+    assert torch.equal(torch.stack(seen[2:]), torch.stack([earlier, earlier]))
+
+
+def test_a_network_without_self_conditioning_is_not_told_of_the_earlier_estimate():
+    x_t, earlier = images()
+    denoise = Denoiser(net=lambda x, t: x, schedule=SCHEDULE, prediction_type="sample")
+    assert torch.equal(denoise.estimate(x_t, 5, earlier).x_0, x_t)

@@ -18,8 +18,12 @@ from eclosion.diffusion.noise_schedule import (
     Sigmoid,
     cosine_alphas_cumprod,
     jsd_alphas_cumprod,
+    linear_alphas_cumprod,
+    quadratic_alphas_cumprod,
     rescale_zero_terminal_snr,
+    sigmoid_alphas_cumprod,
 )
+from eclosion.errors import ConfigError
 from eclosion.registry import NOISE_SCHEDULES, describe, resolve
 
 RESCALABLE = [Linear, ScaledLinear, Quadratic, Sigmoid, Cosine]
@@ -185,6 +189,61 @@ def test_a_schedule_first_used_in_inference_mode_can_be_trained_with():
 def test_a_schedule_that_makes_no_sense_is_refused(part, options):
     with pytest.raises(pydantic.ValidationError, match=next(iter(options))):
         part(**options)
+
+
+BETAS = {
+    "linear": linear_alphas_cumprod,
+    "quadratic": quadratic_alphas_cumprod,
+    "sigmoid": sigmoid_alphas_cumprod,
+}
+
+
+@pytest.mark.parametrize("name", BETAS)
+@pytest.mark.parametrize("T", [2, 10, 19])
+def test_betas_stretched_over_too_few_levels_are_refused(T, name):
+    """DALLE2-pytorch scales them by 1000 / T, and gets the root of a negative number below T = 20."""
+    k = 1000 / T
+    with pytest.raises(
+        ConfigError, match=rf"'{name}' with num_train_timesteps={T} has a beta of .* none can be above 1"
+    ):
+        BETAS[name](T, beta_start=1e-4 * k, beta_end=0.02 * k)
+
+
+@pytest.mark.parametrize("name", BETAS)
+@pytest.mark.parametrize("T", [20, 21, 100])
+def test_betas_stretched_over_enough_levels_are_finite_and_fall(T, name):
+    k = 1000 / T
+    abar = BETAS[name](T, beta_start=1e-4 * k, beta_end=0.02 * k)
+    assert abar.isfinite().all()
+    assert (abar >= 0).all()
+    assert (abar.diff() < 0).all()
+
+
+@pytest.mark.parametrize("part", [Linear, ScaledLinear, Quadratic, Sigmoid])
+def test_a_beta_above_one_is_refused_before_anything_is_built(part):
+    with pytest.raises(pydantic.ValidationError, match="beta_end"):
+        part(num_train_timesteps=10, beta_start=0.01, beta_end=2.0)
+
+
+def test_a_level_that_would_carry_no_noise_is_refused():
+    with pytest.raises(ConfigError, match=r"'linear' with num_train_timesteps=1000 has a beta of 1e-20"):
+        Linear(beta_start=1e-20).build()
+
+
+def test_other_tables_are_gathered_like_the_schedules_own():
+    schedule = Cosine(num_train_timesteps=7).build()
+    t = torch.tensor([6, 0, 3])
+    made = []
+
+    def tables():
+        made.append(1)
+        return torch.stack([schedule.alphas, schedule.sigmas])
+
+    for _ in range(2):
+        alpha, sigma = schedule.gather_from("both", tables, t, 4)
+        assert alpha.shape == sigma.shape == (3, 1, 1, 1)
+        assert torch.equal(torch.stack([alpha, sigma]), torch.stack(schedule.gather(t, 4)))
+    assert made == [1]
 
 
 @pytest.mark.parametrize("alphas_cumprod", [cosine_alphas_cumprod, jsd_alphas_cumprod])

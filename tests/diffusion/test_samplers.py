@@ -13,6 +13,7 @@ from diffusers.schedulers import scheduling_ddpm
 from eclosion.diffusion.denoiser import Denoiser
 from eclosion.diffusion.noise_schedule import JSD, Cosine, Linear, NoiseSchedule, RectifiedFlow
 from eclosion.diffusion.samplers import DDIM, DDPM, DPMSolver, Euler, Heun, levels
+from eclosion.diffusion.variance import LearnedVariance, posterior
 from eclosion.errors import ConfigError
 from eclosion.registry import NOISE_SCHEDULES, SAMPLERS, describe, resolve
 from eclosion.rng import generator, randn
@@ -110,6 +111,39 @@ def test_ddim_agrees_with_diffusers_draw_for_draw(clip, eta, prediction_type):
         step = scheduler.step(output, t, x, eta=eta, use_clipped_model_output=True, variance_noise=z)
         x = step.prev_sample
     ours = DDIM(eta=eta)(denoiser(Linear().build(), prediction_type, clip_sample=clip), noise(), rngs(2, "z"))
+    torch.testing.assert_close(ours, x, **FLOAT32_STEPS)
+
+
+def crooked_with_variance(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """A prediction, and variances on both sides of their limits."""
+    return torch.cat([crooked(x, t), 1.5 * torch.cos(3 * x + 0.01 * t.view(-1, 1, 1, 1))], dim=1)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("n", [3, 50, 1000])
+def test_ddpm_with_a_learned_variance_agrees_with_diffusers_draw_for_draw(n, prediction_type, monkeypatch):
+    """Also in fewer steps than levels, where both limits of the variance are those of the longer step.
+
+    Theirs adds noise in the last step too unless that starts at t = 0, so there their image is taken before it.
+    """
+    theirs_rngs, x = rngs(2, "z"), noise()
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda shape, **_: randn(theirs_rngs, shape[1:]))
+    scheduler = diffusers.DDPMScheduler(
+        variance_type="learned_range", prediction_type=prediction_type, clip_sample=True, timestep_spacing="trailing"
+    )
+    scheduler.set_timesteps(n)
+    for t in scheduler.timesteps:
+        step = scheduler.step(crooked_with_variance(x, torch.full((2,), float(t))), t, x)
+        x = step.prev_sample
+    x = step.pred_original_sample
+    denoise = Denoiser(
+        net=crooked_with_variance,
+        schedule=Linear().build(),
+        prediction_type=prediction_type,
+        clip_sample=True,
+        learned_variance=LearnedVariance(),
+    )
+    ours = DDPM(num_inference_steps=n)(denoise, noise(), rngs(2, "z"))
     torch.testing.assert_close(ours, x, **FLOAT32_STEPS)
 
 
@@ -274,6 +308,64 @@ def test_ddpm_has_the_mean_and_variance_that_the_paper_predicts(schedule):
     assert images.std().item() == pytest.approx(math.sqrt(variance), rel=0.015)
 
 
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("n", [1, 4, 50])
+def test_ddim_takes_normal_images_exactly_where_its_equation_says(n, eta, spacing):
+    """Song et al. 2020, equation 12, followed in float64 with the exact noise of normal images, draw for draw."""
+    schedule, x = Linear().build(), noise(4)
+    ours = DDIM(num_inference_steps=n, eta=eta, timestep_spacing=spacing)(exact_for_gaussian(schedule), x, rngs(4, "z"))
+    z_rngs, x = rngs(4, "z"), x.double()
+    path = [level.t for level in levels(schedule, n, spacing)]
+    assert spacing == "leading" or path[0] == 999
+    assert path[-1] == -1
+    for t, s in pairwise(path):
+        abar_t, abar_s = schedule.alphas_cumprod[t].item(), schedule.alphas_cumprod[s].item() if s >= 0 else 1.0
+        # d log p / dx of a normal density is -(x - mean) / variance, and the noise is that times -sigma.
+        eps = math.sqrt(1 - abar_t) * (x - math.sqrt(abar_t) * MEAN) / (abar_t * STD**2 + 1 - abar_t)
+        std = eta * math.sqrt((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s))
+        image = (x - math.sqrt(1 - abar_t) * eps) / math.sqrt(abar_t)
+        x = math.sqrt(abar_s) * image + math.sqrt(1 - abar_s - std**2) * eps
+        if std > 0:
+            x = x + std * randn(z_rngs, x.shape[1:])
+    # Without any noise left; x in float32 loses 6e-8 in each step.
+    torch.testing.assert_close(ours.double(), x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", [Linear(rescale_zero_terminal_snr=True), RectifiedFlow()])
+@pytest.mark.parametrize("n", [2, 5, 20])
+def test_with_the_true_variance_few_steps_of_ddpm_are_exact_for_normal_images(n, schedule):
+    """Looking back, x_s given x_t is normal for normal images, so DDPM with its mean and variance errs nowhere.
+
+    What is missing is the variance of the last step, in which nothing is drawn. The variance
+    of the posterior alone leaves too little.
+    """
+    levels_ = schedule.build()
+    path = levels(levels_, n, "trailing")
+    exact = exact_for_gaussian(levels_)
+
+    def spread(level):
+        """Variance of x_0 given x_t."""
+        return STD**2 * level.sigma**2 / (level.alpha**2 * STD**2 + level.sigma**2)
+
+    fractions = {}
+    for now, then in list(pairwise(path))[:-1]:
+        step = posterior(now, then)
+        low, high = step.log_range
+        fractions[now.t] = (math.log(step.std**2 + step.from_x_0**2 * spread(now)) - low) / (high - low)
+        assert 0 < fractions[now.t] < 1
+
+    def net(x, t):
+        v = torch.full_like(x, 2 * fractions.get(int(t[0]), 0.5) - 1)
+        return torch.cat([exact.net(x, t), v.double()], 1)
+
+    denoise = Denoiser(net=net, schedule=levels_, prediction_type="sample", learned_variance=LearnedVariance())
+    images = DDPM(num_inference_steps=n)(denoise, randn(rngs(8, "many"), (3, 32, 32)), rngs(8, "z")).double()
+    # 24 576 values: standard deviations of 0.0016 and 0.5 %.
+    assert images.mean().item() == pytest.approx(MEAN, abs=0.006)
+    assert images.var().item() == pytest.approx(STD**2 - spread(path[-2]), rel=0.04)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
 @pytest.mark.parametrize("T", [1, 2, 3, 7])
@@ -411,3 +503,122 @@ def test_every_option_of_a_sampler_is_documented_and_checked(name):
 def test_images_cannot_share_a_generator(sampler):
     with pytest.raises(AssertionError):
         sampler(denoiser(Linear().build()), noise(2), rngs(1))
+
+
+# ------------------------------------------------------------------ learned variance, self-conditioning, clamping
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [s for s in every_sampler() if not isinstance(s, DDPM)],
+    ids=repr,
+)
+def test_only_ddpm_uses_a_learned_variance(sampler):
+    schedule = Linear().build()
+    learned = Denoiser(
+        net=crooked_with_variance, schedule=schedule, prediction_type="epsilon", learned_variance=LearnedVariance()
+    )
+    assert torch.equal(sampler(learned, noise(), rngs(2, "z")), sampler(denoiser(schedule), noise(), rngs(2, "z")))
+
+
+def test_a_variance_learned_to_be_the_smallest_is_that_of_the_posterior():
+    schedule = Cosine().build()
+    smallest = Denoiser(
+        net=lambda x, t: torch.cat([crooked(x, t), torch.full_like(x, -1.0)], 1),
+        schedule=schedule,
+        prediction_type="v_prediction",
+        learned_variance=LearnedVariance(),
+    )
+    ours = DDPM(num_inference_steps=30)(smallest, noise(), rngs(2, "z"))
+    plain = DDPM(num_inference_steps=30)(denoiser(schedule, "v_prediction"), noise(), rngs(2, "z"))
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", [*NOISE_SCHEDULES, "rescaled", "steep"])
+def test_ddpm_is_finite_whatever_variance_was_learned(schedule):
+    unusual = {
+        "rescaled": Linear(rescale_zero_terminal_snr=True, num_train_timesteps=100),
+        "steep": Linear(beta_start=0.2, beta_end=1.0, num_train_timesteps=2000),
+    }
+    levels_ = (unusual.get(schedule) or resolve("noise_schedules", schedule)(num_train_timesteps=100)).build()
+    for says in (0.0, -1e4, 1e4):
+        denoise = Denoiser(
+            net=lambda x, t, says=says: torch.cat([crooked(x, t), torch.full_like(x, says)], 1),
+            schedule=levels_,
+            prediction_type="epsilon",
+            clip_sample=True,
+            learned_variance=LearnedVariance(),
+        )
+        for n in (3, 12):
+            assert DDPM(num_inference_steps=n)(denoise, noise(), rngs(2)).isfinite().all()
+
+
+class Watched:
+    """A network with self-conditioning that depends on the earlier estimate, and remembers what it was handed."""
+
+    def __init__(self) -> None:
+        self.handed: list[torch.Tensor] = []
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        self.handed.append(previous)
+        return crooked(x, t) + 0.3 * torch.cos(2 * previous)
+
+
+class Remembering(Denoiser):
+    """A denoiser that keeps its estimates."""
+
+    def estimate(self, x_t, t, previous=None):
+        made = super().estimate(x_t, t, previous)
+        self.net.__dict__.setdefault("made", []).append(made.x_0)
+        return made
+
+
+@pytest.mark.parametrize("sampler", every_sampler(), ids=repr)
+def test_self_conditioning_hands_on_the_clipped_estimate_of_the_call_before(sampler):
+    net = Watched()
+    denoise = Remembering(
+        net=net, schedule=Linear().build(), prediction_type="epsilon", clip_sample=True, self_conditioned=True
+    )
+    for _ in range(2):  # nothing is left over from an earlier batch
+        net.handed, net.made = [], []
+        sampler(denoise, noise(), rngs(2, "z"))
+        assert len(net.handed) == len(net.made) == (19 if isinstance(sampler, Heun) else 10)
+        assert torch.equal(net.handed[0], torch.zeros(2, 3, 4, 4))
+        for handed, made in zip(net.handed[1:], net.made, strict=False):
+            assert torch.equal(handed, made)
+            assert handed.abs().max() <= 1
+
+
+@pytest.mark.parametrize("sampler", every_sampler(), ids=repr)
+def test_with_everything_on_an_image_does_not_depend_on_the_rest_of_its_batch(sampler):
+    def net(x, t, previous):
+        return crooked_with_variance(x + 0.2 * previous, t)
+
+    denoise = Denoiser(
+        net=net,
+        uncond=lambda x, t, previous: 0.5 * net(x, t, previous),
+        guidance_scale=3.0,
+        schedule=Cosine().build(),
+        prediction_type="epsilon",
+        dynamic_threshold=0.9,
+        learned_variance=LearnedVariance(),
+        self_conditioned=True,
+    )
+    together = sampler(denoise, noise(3), rngs(3, "z"))
+    assert together.abs().max() <= 1
+    for i in range(3):
+        alone = sampler(denoise, noise(3)[i : i + 1], rngs(3, "z")[i : i + 1])
+        assert torch.equal(alone[0], together[i])
+
+
+@pytest.mark.parametrize("schedule", [Linear(), Cosine(), JSD(), RectifiedFlow()])
+@pytest.mark.parametrize("sampler", every_sampler(), ids=repr)
+def test_the_result_is_the_last_estimate_of_the_image_without_noise(sampler, schedule):
+    """So it is clamped whenever estimates are; DALLE2-pytorch stops one level above, and leaves [-1, 1]."""
+    net = Watched()
+    denoise = Remembering(
+        net=net, schedule=schedule.build(), prediction_type="v_prediction", clip_sample=True, self_conditioned=True
+    )
+    out = sampler(denoise, noise(), rngs(2, "z"))
+    assert torch.equal(out, net.made[-1])
+    assert out.abs().max() <= 1

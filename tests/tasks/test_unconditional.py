@@ -137,3 +137,8 @@ def test_classes_need_data_that_has_them():
 def test_rectified_flow_and_its_prediction_go_together(schedule, kind):
     with pytest.raises(ConfigError, match="do not go together"):
         make_task(noise_schedule=schedule, prediction_type=kind)
+
+
+def test_a_network_that_follows_embeddings_is_refused():
+    with pytest.raises(ConfigError, match="unclip_unet follows embeddings"):
+        build("tasks", {"name": "unconditional", "model": "unclip_unet"}).build(DataFacts(size=(16, 16)))

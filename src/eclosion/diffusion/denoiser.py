@@ -8,12 +8,28 @@ from torch import Tensor
 
 from eclosion.diffusion.noise_schedule import NoiseSchedule
 from eclosion.diffusion.prediction import PredictionType, to_sample
+from eclosion.diffusion.variance import LearnedVariance, split_variance
 from eclosion.errors import ConfigError
 
-__all__ = ["Denoiser", "Network", "threshold"]
+__all__ = ["Denoiser", "Estimate", "Network", "threshold"]
 
-# (x_t [B, C, H, W], t int64 [B]) -> what the prediction type says, [B, C, H, W]
-Network = Callable[[Tensor, Tensor], Tensor]
+# (x_t [B, C, H, W], t int64 [B]) -> what the prediction type says, [B, C, H, W]; or [B, 2C, H, W] with a learned
+# variance. With self-conditioning it takes the earlier estimate of x_0 as a third argument, float32 [B, C, H, W].
+Network = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a denoiser says of x_t.
+
+    Attributes:
+        x_0: the clean image, float32 [B, C, H, W], clipped if the denoiser clips.
+        fraction: how far the variance of each value is on the way from its lower to its upper limit, see
+            variance.py; float32 of the same shape, or None without a learned variance.
+    """
+
+    x_0: Tensor
+    fraction: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +46,12 @@ class Denoiser:
         uncond: the network with its condition dropped, for guidance.
         guidance_scale: 1 follows the condition as trained, and costs one call of the network; any
             other number extrapolates from uncond through net, and costs two.
+        learned_variance: what the second half of the output channels means; None if there is none. It is
+            the condition's own: guidance extrapolates the prediction alone.
+        self_conditioned: whether the networks take an earlier estimate of x_0 as third argument, the one that
+            this denoiser made: guided and clipped. To train one, make the estimate by a denoiser that
+            clips alike, without gradient, and put zeros in its place for about half of the images
+            (Chen et al. 2022, https://arxiv.org/abs/2208.04202).
     """
 
     net: Network
@@ -39,6 +61,8 @@ class Denoiser:
     dynamic_threshold: float | None = None
     uncond: Network | None = None
     guidance_scale: float = 1.0
+    learned_variance: LearnedVariance | None = None
+    self_conditioned: bool = False
 
     def __post_init__(self) -> None:
         if self.guidance_scale != 1 and self.uncond is None:
@@ -53,29 +77,48 @@ class Denoiser:
             )
 
     def __call__(self, x_t: Tensor, t: int | Tensor) -> Tensor:
-        """The estimate of x_0, float32 [B, C, H, W]; the network runs under the caller's autocast.
+        """The estimate of x_0 alone, float32 [B, C, H, W]; see `estimate`."""
+        return self.estimate(x_t, t).x_0
+
+    def estimate(self, x_t: Tensor, t: int | Tensor, previous: Tensor | None = None) -> Estimate:
+        """What the network makes of x_t; it runs under the caller's autocast.
 
         Args:
             x_t: noisy images, float32 [B, C, H, W].
             t: their noise level, or one for each as int64 [B].
+            previous: an earlier estimate of x_0, float32 of the same shape, for networks with
+                self-conditioning; None hands them zeros.
         """
         if isinstance(t, int):
             t = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
-        x_0 = to_sample(self.prediction_type, self._output(x_t, t), x_t.float(), t, self.schedule)
+        output, v = self._outputs(x_t, t, previous)
+        x_0 = to_sample(self.prediction_type, output, x_t.float(), t, self.schedule)
         if self.dynamic_threshold is not None:
-            return threshold(x_0, self.dynamic_threshold)
-        return x_0.clamp(-1, 1) if self.clip_sample else x_0
+            x_0 = threshold(x_0, self.dynamic_threshold)
+        elif self.clip_sample:
+            x_0 = x_0.clamp(-1, 1)
+        return Estimate(x_0, None if v is None or self.learned_variance is None else self.learned_variance.fraction(v))
 
-    def _output(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """The network's output in float32, guided.
+    def _outputs(self, x_t: Tensor, t: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The network's prediction in float32, guided, and what it says of the variance, as it is.
 
         x_0 and eps are affine in the output with the same x_t, so guiding the output guides them alike.
         """
-        output = self.net(x_t, t).float()
+        output, v = self._call(self.net, x_t, t, previous)
         if self.uncond is None or self.guidance_scale == 1:
-            return output
-        uncond = self.uncond(x_t, t).float()
-        return uncond + self.guidance_scale * (output - uncond)  # Ho & Salimans 2022, arXiv 2207.12598, eq. 6
+            return output, v
+        uncond, _ = self._call(self.uncond, x_t, t, previous)
+        return uncond + self.guidance_scale * (output - uncond), v  # Ho & Salimans 2022, arXiv 2207.12598, eq. 6
+
+    def _call(self, net: Network, x_t: Tensor, t: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.self_conditioned:
+            output = net(x_t, t, torch.zeros_like(x_t) if previous is None else previous).float()
+        else:
+            output = net(x_t, t).float()
+        if self.learned_variance is None:
+            return output, None
+        assert output.shape[1] == 2 * x_t.shape[1]
+        return split_variance(output)
 
 
 def threshold(x_0: Tensor, quantile: float) -> Tensor:

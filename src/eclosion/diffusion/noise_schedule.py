@@ -11,6 +11,7 @@ Everything is float64 here; `gather` hands out float32 on the device of the imag
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated
@@ -19,11 +20,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from eclosion.errors import ConfigError
 from eclosion.registry import part
 
 __all__ = [
     "JSD",
     "Cosine",
+    "Level",
     "Linear",
     "NoiseSchedule",
     "Quadratic",
@@ -40,6 +43,15 @@ __all__ = [
 ]
 
 
+@dataclass(frozen=True)
+class Level:
+    """One stop on the way from noise to image: x = alpha x_0 + sigma eps, and t for the network."""
+
+    t: int
+    alpha: float
+    sigma: float
+
+
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """The noise levels of a diffusion process: x_t = alphas[t] x_0 + sigmas[t] eps.
@@ -52,6 +64,7 @@ class NoiseSchedule:
     alphas: Tensor
     sigmas: Tensor
     _tables: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _more_tables: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         assert self.alphas.dtype == self.sigmas.dtype == torch.float64
@@ -88,6 +101,10 @@ class NoiseSchedule:
         """Whether the last level is noise alone, so that predicting its noise says nothing about the image."""
         return bool(self.alphas[-1] == 0)
 
+    def level(self, t: int) -> Level:
+        """Noise level t, or the clean image for t = -1."""
+        return Level(t, float(self.alphas[t]), float(self.sigmas[t])) if t >= 0 else Level(-1, 1.0, 0.0)
+
     def gather(self, t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t, to be multiplied with a batch.
 
@@ -106,6 +123,25 @@ class NoiseSchedule:
         alphas, sigmas = self._tables[t.device]
         shape = (-1, *(1,) * (ndim - 1))
         return alphas[t].view(shape), sigmas[t].view(shape)
+
+    def gather_from(self, name: str, make: Callable[[], Tensor], t: Tensor, ndim: int) -> tuple[Tensor, ...]:
+        """Like `gather`, for other numbers that each level has.
+
+        The tables stay with the schedule, so that a captured CUDA graph never loses them.
+
+        Args:
+            name: of the tables; they are made at the first call with it for a device.
+            make: float64 [K, T] on the CPU, K tables.
+            t: int64 [B], noise levels, on the device of the images.
+            ndim: number of dimensions of the batch, 4 for images.
+
+        Returns:
+            K float32 tensors [B, 1, ...] with `ndim` dimensions, on t's device.
+        """
+        if (name, t.device) not in self._more_tables:
+            self._more_tables[name, t.device] = make().float().to(t.device)
+        rows = self._more_tables[name, t.device][:, t]
+        return tuple(row.view(-1, *(1,) * (ndim - 1)) for row in rows)
 
     def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t, float32 [B, C, H, W].
@@ -148,27 +184,36 @@ def rescale_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
 def linear_alphas_cumprod(num_train_timesteps: int, *, beta_start: float, beta_end: float) -> Tensor:
     """abar for betas that rise evenly from `beta_start` to `beta_end`; float64 [T].
 
+    Raises:
+        ConfigError: if a beta is above 1, or too small for float64.
+
     Source: Ho et al. 2020, https://arxiv.org/abs/2006.11239, section 4.
     """
-    return _alphas_cumprod(_ramp(beta_start, beta_end, num_train_timesteps))
+    return _alphas_cumprod(_ramp(beta_start, beta_end, num_train_timesteps), "linear")
 
 
 def quadratic_alphas_cumprod(num_train_timesteps: int, *, beta_start: float, beta_end: float) -> Tensor:
     """abar for betas whose square roots rise evenly; float64 [T].
 
+    Raises:
+        ConfigError: if a beta is above 1, or too small for float64.
+
     Source: Rombach et al. 2022, https://arxiv.org/abs/2112.10752, whose code calls it linear and
     diffusers calls scaled_linear.
     """
-    return _alphas_cumprod(_ramp(math.sqrt(beta_start), math.sqrt(beta_end), num_train_timesteps) ** 2)
+    return _alphas_cumprod(_ramp(math.sqrt(beta_start), math.sqrt(beta_end), num_train_timesteps) ** 2, "quadratic")
 
 
 def sigmoid_alphas_cumprod(num_train_timesteps: int, *, beta_start: float, beta_end: float) -> Tensor:
     """abar for betas that rise from `beta_start` to `beta_end` along a sigmoid over [-6, 6]; float64 [T].
 
+    Raises:
+        ConfigError: if a beta is above 1, or too small for float64.
+
     Source: Xu et al. 2022 (GeoDiff), https://arxiv.org/abs/2203.02923.
     """
     ramp = torch.sigmoid(_ramp(-6.0, 6.0, num_train_timesteps))
-    return _alphas_cumprod(beta_start + (beta_end - beta_start) * ramp)
+    return _alphas_cumprod(beta_start + (beta_end - beta_start) * ramp, "sigmoid")
 
 
 def jsd_alphas_cumprod(num_train_timesteps: int) -> Tensor:
@@ -205,7 +250,7 @@ def cosine_alphas_cumprod(num_train_timesteps: int, *, offset: float = 0.008, ma
     _check_timesteps(num_train_timesteps)
     u = _ramp(0.0, 1.0, num_train_timesteps + 1)
     f = torch.cos((u + offset) / (1 + offset) * (math.pi / 2)) ** 2
-    return _alphas_cumprod((1 - f[1:] / f[:-1]).clamp(max=max_beta))
+    return _alphas_cumprod((1 - f[1:] / f[:-1]).clamp(max=max_beta), "cosine")
 
 
 def _ramp(start: float, end: float, length: int) -> Tensor:
@@ -213,7 +258,25 @@ def _ramp(start: float, end: float, length: int) -> Tensor:
     return torch.linspace(start, end, length, dtype=torch.float64)
 
 
-def _alphas_cumprod(betas: Tensor) -> Tensor:
+def _alphas_cumprod(betas: Tensor, name: str) -> Tensor:
+    """abar for these betas.
+
+    Raises:
+        ConfigError: if a beta is no share of a variance: below the resolution of float64, where the
+            level would carry no noise, or above 1, where the noise would be the root of a negative number.
+            The usual betas, stretched by 1000 / T, do that in fewer than 20 levels.
+    """
+    where = f"the noise schedule {name!r} with num_train_timesteps={len(betas)}"
+    if not bool((1 - betas < 1).all()):  # also where it is not a number
+        raise ConfigError(
+            f"{where} has a beta of {betas.min().item():g}, and each must be above 1e-16 to add any noise. "
+            "Raise beta_start."
+        )
+    if bool((betas > 1).any()):
+        raise ConfigError(
+            f"{where} has a beta of {betas.max().item():g}, and none can be above 1. Lower beta_end; "
+            "or take more timesteps (20 or more for betas scaled by 1000 / num_train_timesteps), or 'cosine'."
+        )
     return torch.cumprod(1 - betas, dim=0)
 
 

@@ -14,25 +14,43 @@ Every sampler takes `x`, standard normal noise [B, C, H, W], and `rngs`, one gen
 image i depends on x[i] and rngs[i] alone. `on_step(i, n)` is called before network call i of n, and
 may raise to interrupt. The result is x_0, float32 [B, C, H, W]; it lies in [-1, 1] only if the
 denoiser clips. Gradients and autocast are the caller's choice.
+
+A network with self-conditioning is handed zeros in its first call, and then in each call the estimate of
+x_0 that came out of the call before, at whatever level that was: in Heun's second look, that of the first.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from eclosion.diffusion.denoiser import Denoiser
-from eclosion.diffusion.noise_schedule import NoiseSchedule
+from eclosion.diffusion.denoiser import Denoiser, Estimate
+from eclosion.diffusion.noise_schedule import Level, NoiseSchedule
+from eclosion.diffusion.variance import log_variance, posterior
 from eclosion.errors import ConfigError
 from eclosion.registry import part
 from eclosion.rng import Generator, randn
 
-__all__ = ["DDIM", "DDPM", "DPMSolver", "Euler", "Heun", "Level", "OnStep", "Sampler", "Spacing", "levels"]
+__all__ = [
+    "DDIM",
+    "DDPM",
+    "DPMSolver",
+    "Euler",
+    "Heun",
+    "Level",
+    "OnStep",
+    "Sampler",
+    "Spacing",
+    "Walk",
+    "Walker",
+    "counted",
+    "levels",
+]
 
 OnStep = Callable[[int, int], None]
 Spacing = Literal["trailing", "linspace", "leading"]
@@ -47,15 +65,6 @@ class Sampler(Protocol):
     ) -> Tensor:
         """Turn standard normal noise [B, C, H, W] into images of the same shape."""
         ...
-
-
-@dataclass(frozen=True)
-class Level:
-    """One stop on the way from noise to image: x = alpha x_0 + sigma eps, and t for the network."""
-
-    t: int
-    alpha: float
-    sigma: float
 
 
 def levels(schedule: NoiseSchedule, num_inference_steps: int, spacing: Spacing) -> list[Level]:
@@ -87,8 +96,57 @@ def levels(schedule: NoiseSchedule, num_inference_steps: int, spacing: Spacing) 
         times = np.round(np.linspace(T - 1, 0, n))
     else:
         times = np.arange(n - 1.0, -1, -1) * (T // n)
-    visited = [Level(t, float(schedule.alphas[t]), float(schedule.sigmas[t])) for t in map(int, times)]
-    return [*visited, Level(-1, 1.0, 0.0)]
+    return [schedule.level(int(t)) for t in (*times, -1)]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A way from noise to image in steps that remember nothing, so that inpainting can go back on it.
+
+    Attributes:
+        path: the levels visited, most noise first, and the clean image at the end.
+        eta: standard deviation of the fresh noise of a step, as a share of the posterior's.
+        learns_variance: whether a variance that the network has learned takes the posterior's place; the
+            mean stays that of the posterior.
+    """
+
+    path: list[Level]
+    eta: float
+    learns_variance: bool = False
+
+    def start(self, x: Tensor) -> Tensor:
+        """Standard normal noise, scaled to the first level."""
+        return _start(x, self.path[0])
+
+    def step(self, x: Tensor, estimate: Estimate, now: Level, then: Level, rngs: Sequence[Generator]) -> Tensor:
+        """x_s = alpha_s x_0 + sqrt(sigma_s^2 - std^2) eps + noise, float32 [B, C, H, W], for any two levels.
+
+        Args:
+            x: x_t.
+            estimate: what the denoiser says of it.
+            now: the level of x_t.
+            then: the level to go to.
+            rngs: one generator per image; nothing is drawn for a step to the clean image.
+        """
+        step = posterior(now, then)
+        std = self.eta * step.std
+        calm = replace(then, sigma=math.sqrt(max(0.0, then.sigma**2 - std**2)))
+        x = _flow(x, estimate.x_0, now, calm)
+        if std == 0:
+            return x
+        noise = randn(rngs, x.shape[1:]).to(x.device)
+        if self.learns_variance and estimate.fraction is not None:
+            return x + (log_variance(estimate.fraction, *step.log_range) / 2).exp() * noise
+        return x + std * noise
+
+
+@runtime_checkable
+class Walker(Protocol):
+    """A sampler whose steps remember nothing."""
+
+    def walk(self, schedule: NoiseSchedule) -> Walk:
+        """The levels that it visits, and how it steps from one to the next."""
+        ...
 
 
 @part
@@ -96,9 +154,11 @@ class DDPM:
     """Steps back through the noise levels, with fresh noise in each; the slowest, and the reference.
 
     Each step draws from the posterior of x_s given x_t and the estimate of x_0, whose variance
-    is the smaller of the paper's two choices ("fixed_small" in diffusers).
+    is the smaller of the paper's two choices ("fixed_small" in diffusers). A network that has
+    learned the variance says itself where it lies between the two, for the levels visited ("learned_range").
 
-    Source: Ho et al. 2020, https://arxiv.org/abs/2006.11239, equations 6 and 7, for any two levels.
+    Source: Ho et al. 2020, https://arxiv.org/abs/2006.11239, equations 6 and 7, for any two levels;
+    Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, equation 15.
     """
 
     # Noise levels visited; none means all that the network was trained on.
@@ -110,8 +170,12 @@ class DDPM:
         self, denoise: Denoiser, x: Tensor, rngs: Sequence[Generator], *, on_step: OnStep | None = None
     ) -> Tensor:
         """Turn standard normal noise [B, C, H, W] into images of the same shape."""
-        n = self.num_inference_steps or denoise.schedule.num_train_timesteps
-        return _stochastic(levels(denoise.schedule, n, self.timestep_spacing), 1.0, denoise, x, rngs, on_step)
+        return _follow(self.walk(denoise.schedule), denoise, x, rngs, on_step)
+
+    def walk(self, schedule: NoiseSchedule) -> Walk:
+        """The levels that it visits, and how it steps from one to the next."""
+        n = self.num_inference_steps or schedule.num_train_timesteps
+        return Walk(levels(schedule, n, self.timestep_spacing), eta=1.0, learns_variance=True)
 
 
 @part
@@ -132,8 +196,11 @@ class DDIM:
         self, denoise: Denoiser, x: Tensor, rngs: Sequence[Generator], *, on_step: OnStep | None = None
     ) -> Tensor:
         """Turn standard normal noise [B, C, H, W] into images of the same shape."""
-        path = levels(denoise.schedule, self.num_inference_steps, self.timestep_spacing)
-        return _stochastic(path, self.eta, denoise, x, rngs, on_step)
+        return _follow(self.walk(denoise.schedule), denoise, x, rngs, on_step)
+
+    def walk(self, schedule: NoiseSchedule) -> Walk:
+        """The levels that it visits, and how it steps from one to the next."""
+        return Walk(levels(schedule, self.num_inference_steps, self.timestep_spacing), self.eta)
 
 
 @part
@@ -155,8 +222,11 @@ class Euler:
         self, denoise: Denoiser, x: Tensor, rngs: Sequence[Generator], *, on_step: OnStep | None = None
     ) -> Tensor:
         """Turn standard normal noise [B, C, H, W] into images of the same shape."""
-        path = levels(denoise.schedule, self.num_inference_steps, self.timestep_spacing)
-        return _stochastic(path, 0.0, denoise, x, rngs, on_step)
+        return _follow(self.walk(denoise.schedule), denoise, x, rngs, on_step)
+
+    def walk(self, schedule: NoiseSchedule) -> Walk:
+        """The levels that it visits, and how it steps from one to the next."""
+        return Walk(levels(schedule, self.num_inference_steps, self.timestep_spacing), 0.0)
 
 
 @part
@@ -180,14 +250,14 @@ class Heun:
     ) -> Tensor:
         """Turn standard normal noise [B, C, H, W] into images of the same shape."""
         path = levels(denoise.schedule, self.num_inference_steps, self.timestep_spacing)
-        estimate = _counted(denoise, on_step, sum(1 + _has_second_look(*step) for step in pairwise(path)))
+        estimate = counted(denoise, on_step, sum(1 + _has_second_look(*step) for step in pairwise(path)))
         x = _start(x, path[0])
         for now, then in pairwise(path):
-            x_0 = estimate(x, now)
+            x_0 = estimate(x, now).x_0
             ahead = _flow(x, x_0, now, then)
             if _has_second_look(now, then):
                 noise = (x - now.alpha * x_0) / now.sigma
-                noise_ahead = (ahead - then.alpha * estimate(ahead, then)) / then.sigma
+                noise_ahead = (ahead - then.alpha * estimate(ahead, then).x_0) / then.sigma
                 gain = then.alpha / now.alpha
                 ahead = gain * x + (then.sigma - now.sigma * gain) * (noise + noise_ahead) / 2
             x = ahead
@@ -224,12 +294,12 @@ class DPMSolver:
     ) -> Tensor:
         """Turn standard normal noise [B, C, H, W] into images of the same shape."""
         path = levels(denoise.schedule, self.num_inference_steps, self.timestep_spacing)
-        estimate = _counted(denoise, on_step, len(path) - 1)
+        estimate = counted(denoise, on_step, len(path) - 1)
         x = _start(x, path[0])
         x_0_before: Tensor | None = None
         h_before = math.inf
         for now, then in pairwise(path):
-            x_0 = estimate(x, now)
+            x_0 = estimate(x, now).x_0
             h = _lambda(then) - _lambda(now)
             data = x_0
             if x_0_before is not None and math.isfinite(h) and math.isfinite(h_before):
@@ -239,19 +309,13 @@ class DPMSolver:
         return x
 
 
-def _stochastic(
-    path: Sequence[Level], eta: float, denoise: Denoiser, x: Tensor, rngs: Sequence[Generator], on_step: OnStep | None
-) -> Tensor:
-    """x_s = alpha_s x_0 + sqrt(sigma_s^2 - std^2) eps + std z, with std = eta times that of the posterior."""
+def _follow(walk: Walk, denoise: Denoiser, x: Tensor, rngs: Sequence[Generator], on_step: OnStep | None) -> Tensor:
+    """All steps of a walk, one after the other."""
     assert len(rngs) == len(x)  # or images would share their noise by broadcasting
-    estimate = _counted(denoise, on_step, len(path) - 1)
-    x = _start(x, path[0])
-    for now, then in pairwise(path):
-        std = eta * _posterior_std(now, then)
-        calm = Level(then.t, then.alpha, math.sqrt(max(0.0, then.sigma**2 - std**2)))
-        x = _flow(x, estimate(x, now), now, calm)
-        if std > 0:
-            x = x + std * randn(rngs, x.shape[1:]).to(x.device)
+    estimate = counted(denoise, on_step, len(walk.path) - 1)
+    x = walk.start(x)
+    for now, then in pairwise(walk.path):
+        x = walk.step(x, estimate(x, now), now, then, rngs)
     return x
 
 
@@ -266,13 +330,6 @@ def _flow(x: Tensor, x_0: Tensor, now: Level, then: Level) -> Tensor:
     return keep * x + (then.alpha - now.alpha * keep) * x_0
 
 
-def _posterior_std(now: Level, then: Level) -> float:
-    """Standard deviation of x_s given x_t and x_0."""
-    ratio = now.alpha / then.alpha if then.alpha > 0 else 0.0
-    fresh = max(0.0, now.sigma**2 - (ratio * then.sigma) ** 2)  # variance of x_t given x_s
-    return math.sqrt(fresh) * then.sigma / now.sigma
-
-
 def _lambda(level: Level) -> float:
     """Half the logarithm of the signal to noise ratio; -inf for noise alone, inf for the clean image."""
     if level.sigma == 0:
@@ -280,14 +337,24 @@ def _lambda(level: Level) -> float:
     return math.log(level.alpha / level.sigma) if level.alpha > 0 else -math.inf
 
 
-def _counted(denoise: Denoiser, on_step: OnStep | None, num_calls: int) -> Callable[[Tensor, Level], Tensor]:
-    """The denoiser, announcing each of its calls."""
-    calls = iter(range(num_calls))
+def counted(denoise: Denoiser, on_step: OnStep | None, num_calls: int) -> Callable[[Tensor, Level], Estimate]:
+    """The denoiser for one batch's way through the levels: announces each call, and hands on its estimate to the next.
 
-    def estimate(x: Tensor, level: Level) -> Tensor:
+    Args:
+        denoise: what is called.
+        on_step: called before each call with its number and `num_calls`; may raise.
+        num_calls: how many there will be.
+    """
+    calls = iter(range(num_calls))
+    before: Tensor | None = None
+
+    def estimate(x: Tensor, level: Level) -> Estimate:
+        nonlocal before
         call = next(calls)
         if on_step is not None:
             on_step(call, num_calls)
-        return denoise(x, level.t)
+        made = denoise.estimate(x, level.t, before)
+        before = made.x_0
+        return made
 
     return estimate

@@ -58,6 +58,8 @@ class Unconditional:
             )
         if self.class_conditional and not facts.class_names:
             raise ConfigError("task.class_conditional is true, and the data source has no labels. Set it to false.")
+        if type(self.model).__name__ == "UnclipUNetModel":
+            raise ConfigError("task.model unclip_unet follows embeddings, and this task has none. Use diffusers.")
         classes = len(facts.class_names) if self.class_conditional else 0
         net = self.model.build(size=facts.size, num_classes=classes + 1 if classes else 0)
         return UnconditionalTask(
