@@ -418,7 +418,7 @@ ORDERS = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     order=ORDERS,
     seed=st.sampled_from([0, 5]),
