@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from eclosion.data.file_cache import FileCache, cache_folder
+from eclosion.data.file_cache import LOCK, FileCache, cache_folder
 from eclosion.data.pipes import pipes_allowed
 from eclosion.data.places import NotFound, Patience, Place
 from eclosion.data.remote import stat
@@ -323,22 +323,22 @@ def test_several_processes_with_too_little_room_get_every_file_right(server, mak
     go(*processes)
     most, cache = 0, make(num_files=3)
     while any(process.poll() is None for process in processes):
-        seen = sizes(cache.folder / "files")
-        if seen == sizes(cache.folder / "files"):  # else a file may be counted under two names, or beside its successor
-            most = max(most, sum(seen.values()))
+        most = max(most, occupied(cache.folder / "files"))
         time.sleep(0.002)
     end(*processes)
     assert SIZE <= most <= 3 * SIZE
     assert kept(cache)[1] == set()
 
 
-def sizes(folder):
-    found = {}
-    for path in folder.glob("*"):
+def occupied(folder):
+    """Bytes in a cache, while no process makes room or gives a file its name."""
+    if not (folder / LOCK).exists():
+        return 0
+    with (folder / LOCK).open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         with suppress(FileNotFoundError):
-            status = path.stat()
-            found[path.name, status.st_ino] = status.st_size
-    return found
+            return sum(path.stat().st_size for path in folder.iterdir())
+    return 0
 
 
 def test_a_file_larger_than_the_limit_is_refused_with_the_option_to_raise(server, make, tmp_path):
@@ -468,7 +468,7 @@ def test_while_others_take_all_room_what_was_fetched_ahead_stays(server, make):
     server.flowing.clear()
     with ThreadPoolExecutor(3) as pool:
         paths = [pool.submit(other.path, server.place(number)) for number in (1, 2, 3)]
-        until(lambda: sum(sizes(cache.folder / "files").values()) == 4 * SIZE)
+        until(lambda: occupied(cache.folder / "files") == 4 * SIZE)
         cache.fetch_ahead(server.places([4, 5]))
         time.sleep(0.2)
         assert server.place(4).key in kept(cache)[0]

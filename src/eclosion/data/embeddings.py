@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from eclosion.data.npy import map_npy
 from eclosion.data.remote import Place, listing, local_path, shown, stat
+from eclosion.data.shard_index import SUFFIX as INDEX_SUFFIX
 from eclosion.errors import BadSample, ConfigError, DataError
 
 __all__ = ["EmbeddingFolder", "Files", "Kind", "array_problem", "by_number", "checked_row"]
@@ -272,7 +273,8 @@ def _of_folder(url: str, kind: Kind, shards: Collection[int] | None) -> dict[int
         )
     found = by_number(names, shown(folder))
     if not found:
-        suffixes = Counter(PurePosixPath(name).suffix or "no suffix" for name in names)
+        given = (PurePosixPath(name) for name in names)  # without what we keep there: it comes and goes
+        suffixes = Counter(name.suffix or "no suffix" for name in given if INDEX_SUFFIX not in name.suffixes)
         held = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5)) or "nothing"
         raise DataError(
             f"{_OPTION[kind]}: {shown(folder)} holds no arrays NAME_<shard number>.npy; it holds {held}. Give the "

@@ -2,7 +2,7 @@
 
     <folder>/files/<key>            a whole file, checked; its time is when it was last used
     <folder>/files/<key>.partial    one on its way; whoever writes it holds its lock
-    <folder>/files/.lock            held while room is made
+    <folder>/files/.lock            held while room is made, and while a whole file gets its name
 
 All locks are those of the operating system, which takes them back when their owner ends, however it ends: so nothing
 that a killed process leaves behind blocks anybody, and a partial file that can be locked is an orphan.
@@ -297,7 +297,8 @@ class FileCache:
             with writing(partial_path):
                 os.fsync(fd)
                 _use(partial_path)
-                partial_path.replace(path)
+                with self._alone():  # whoever counts the files while one gets its name would not see it
+                    partial_path.replace(path)
                 durable(self._files)
         except BaseException:
             with suppress(OSError):  # while its lock is held: so it is ours
@@ -331,13 +332,12 @@ class FileCache:
             raise self._too_large(place, needed)
         since = time.monotonic()
         while True:
-            with _locked(self._files / LOCK) as lock:
-                if lock is not None:
-                    for size in (min(wished, self.limit_bytes), needed):
-                        if self._evict(size, fd, fetch.urgent):
-                            with writing(self._files / place.key, size):
-                                os.ftruncate(fd, size)
-                            return size
+            with self._alone():
+                for size in (min(wished, self.limit_bytes), needed):
+                    if self._evict(size, fd, fetch.urgent):
+                        with writing(self._files / place.key, size):
+                            os.ftruncate(fd, size)
+                        return size
             if self._stop.wait(POLL_SECONDS):
                 raise Stopped
             if time.monotonic() - since > self._patience.deadline_seconds:
@@ -345,6 +345,17 @@ class FileCache:
                     f"{self._files}: there is no room for {place.shown} ({needed / 1e6:.1f} MB) beside what other "
                     f"processes are fetching. Raise {OPTION}."
                 )
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Be the only one, of all processes, who makes room or gives a whole file its name."""
+        while True:
+            with _locked(self._files / LOCK) as fd:
+                if fd is not None:
+                    yield
+                    return
+            if self._stop.wait(POLL_SECONDS):
+                raise Stopped
 
     def _evict(self, size: int, fd: int, urgent: bool) -> bool:
         """Make room for `size` bytes in the file `fd`, or remove nothing."""
