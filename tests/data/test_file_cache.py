@@ -492,6 +492,7 @@ def test_closing_stops_what_is_under_way_at_once(server, make):
     others = set(threading.enumerate())
     cache = make()
     cache.fetch_ahead(server.places([1, 2, 3]))
+    until(lambda: sorted(server.asked) == [1, 2])
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(cache.path, server.place(number)) for number in (1, 4)]
         until(lambda: sorted(server.asked) == [1, 2, 4])
