@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from bench.machine import describe, load_average, wait_until_idle
-from bench.row import Row
+from bench.row import NotMeasured, Row
 from bench.table import markdown, number
 
 # Row -> the function that measures it, and on what.
 ROWS = {
     "S1": "bench.steps:overhead",
     "S2": "bench.steps:speed",
+    "S3": "bench.decoder:decoder",
     "S4": "bench.shards:shards",
     "S5": "bench.data_wait:data_wait",
     "S6": "bench.checkpoints:save",
@@ -43,16 +44,20 @@ def main() -> None:
         "began": datetime.now(UTC).isoformat(timespec="seconds"),
         "quick": options.quick,
         "rows": [],
+        "not_measured": {},
     }
     for name in options.row or ROWS:
         if not options.quick:
             wait_until_idle(options.patience)
-        for row in _measure(name)(quick=options.quick):
-            results["rows"].append(row.as_dict())
-            print(_told(row), file=sys.stderr, flush=True)
-            if options.out:  # after each row: some take minutes
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        try:
+            for row in _measure(name)(quick=options.quick):
+                results["rows"].append(row.as_dict())
+                print(_told(row), file=sys.stderr, flush=True)
+                _keep(results, options.out)  # after each row: some take minutes
+        except NotMeasured as error:
+            results["not_measured"][name] = str(error)
+            print(f"{name}  not measured, {error}", file=sys.stderr, flush=True)
+            _keep(results, options.out)
     print(markdown(results))
 
 
@@ -72,6 +77,12 @@ def _options() -> argparse.Namespace:
     if unknown:
         parser.error(f"{', '.join(unknown)}: no such row. Rows: {', '.join(ROWS)}.")
     return options
+
+
+def _keep(results: dict[str, Any], path: Path | None) -> None:
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 def _measure(name: str) -> Callable[..., Iterator[Row]]:

@@ -18,7 +18,18 @@ __all__ = ["CROWDED", "Contention", "describe", "load_average", "wait_until_idle
 CROWDED = 1.2
 # Share of one core that other processes may use during a row.
 OTHERS_CORES = 0.2
-PACKAGES = ("eclosion", "torch", "torchvision", "diffusers", "datasets", "webdataset", "numpy", "pillow", "safetensors")
+PACKAGES = (
+    "eclosion",
+    "torch",
+    "torchvision",
+    "diffusers",
+    "datasets",
+    "webdataset",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "safetensors",
+)
 
 
 def describe() -> dict[str, Any]:

@@ -5,11 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-__all__ = ["Goal", "Row", "Spread", "Verdict"]
+__all__ = ["Goal", "NotMeasured", "Row", "Spread", "Verdict"]
 
 Verdict = Literal["passed", "stretch", "missed", "contended", "quick", "no goal"]
 # Which of two clocks a row is judged by: CPU seconds of all threads of a side, or seconds on the wall.
 Clock = Literal["cpu", "wall"]
+
+
+class NotMeasured(Exception):
+    """A row that this machine lacks something for; the message says what, and where to get it."""
 
 
 @dataclass(frozen=True)

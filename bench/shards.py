@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -24,8 +24,9 @@ from bench.row import Clock, Goal, Row, Spread
 from bench.turns import idle_helpers_cpu
 from bench.work import grainy_jpegs, scratch_folder
 from eclosion.config.schema import DataConfig
+from eclosion.data import jpeg
 from eclosion.data.batch import Batch
-from eclosion.data.loader import Loader
+from eclosion.data.loader import CHUNK, Loader
 from eclosion.data.webdataset import WebDatasetSamples, WebDatasetSource
 
 __all__ = ["shards"]
@@ -43,6 +44,7 @@ NUM_COMPARED = 4
 # Spreads are in seconds per so many samples.
 PER = 1000
 
+PREPROCESS = get_args(peer.Preprocess)
 # Goes through some samples once; returns how many, when nothing is under way any more.
 Pass = Callable[[], int]
 
@@ -119,16 +121,18 @@ def shards(*, quick: bool) -> Iterator[Row]:
         small = grainy_jpegs(plan.num_pictures, IMAGE_SIZE)
         pairs = _write(folder / "small", plan.small, IMAGE_SIZE, small, ("jpg", "txt"))
         triples = _write(folder / "triples", plan.small, IMAGE_SIZE, small, ("jpg", "txt", "json"))
-        yield _raw_row(plan, triples, "same shards, of which read() leaves out the .json", quick)
+        yield _raw_row(plan, triples, "same shards, of which ours leaves out the .json", quick)
         yield _raw_row(plan, pairs, "same members", quick)
         for num_workers in (0, NUM_WORKERS):
-            yield _batch_row(plan, pairs, "exact", num_workers, "cpu", SMALL_GOAL, "same decode", quick)
+            for preprocess in PREPROCESS:
+                yield _batch_row(plan, pairs, "exact", num_workers, preprocess, "cpu", SMALL_GOAL, "same decode", quick)
         resolution = 8 * IMAGE_SIZE
         large = grainy_jpegs(plan.num_pictures, resolution)
         photos = _write(folder / "large", plan.large, resolution, large, ("jpg", "txt"))
-        yield _batch_row(plan, photos, "exact", NUM_WORKERS, "wall", None, "same decode", quick)
         defaults = "our defaults against theirs"
-        yield _batch_row(plan, photos, "scaled", NUM_WORKERS, "wall", LARGE_GOAL, defaults, quick)
+        for preprocess in PREPROCESS:
+            yield _batch_row(plan, photos, "exact", NUM_WORKERS, preprocess, "wall", None, "same decode", quick)
+            yield _batch_row(plan, photos, "scaled", NUM_WORKERS, preprocess, "wall", LARGE_GOAL, defaults, quick)
 
 
 def _raw_row(plan: Plan, data: _Shards, comparison: str, quick: bool) -> Row:
@@ -149,7 +153,7 @@ def _raw_row(plan: Plan, data: _Shards, comparison: str, quick: bool) -> Row:
         seconds=seconds,
         work={
             "both": data.facts() | {"order": "of the shards", "workers": 0},
-            "ours": {"reads": "read() of each sample: the image's bytes, the caption as text"},
+            "ours": {"reads": f"as the loader does, {CHUNK} samples at a time: images' bytes, captions as text"},
             "peer": {"pipeline": "WebDataset(shards, shardshuffle=False): all members' bytes"},
         },
         contention=contention,
@@ -165,6 +169,7 @@ def _batch_row(
     data: _Shards,
     decode: str,
     num_workers: int,
+    preprocess: peer.Preprocess,
     clock: Clock,
     goal: Goal | None,
     comparison: str,
@@ -179,13 +184,13 @@ def _batch_row(
         cache_gb=0,
         num_threads=num_workers,
     )
-    agreement = _agreement(plan, data, config)
+    agreement = _agreement(plan, data, config, preprocess)
     contention = _begin(quick)
-    seconds = _batches_in_turns(plan, data, config)
+    seconds = _batches_in_turns(plan, data, config, preprocess)
     where = f"{num_workers} threads against {num_workers} processes" if num_workers else "in the training thread"
     return _row(
         case=f"JPEG {data.resolution} px -> batch of {plan.batch_size} at {IMAGE_SIZE} px, {where}",
-        comparison=comparison,
+        comparison=f"{comparison}; theirs by {preprocess}",
         clock=clock,
         seconds=seconds,
         work={
@@ -197,11 +202,17 @@ def _batch_row(
                 "workers": num_workers,
             }
             | agreement,
-            "ours": {"decode": decode, "loader": f"{num_workers} threads", "kept_in_memory": "nothing"},
+            "ours": {
+                "decode": decode,
+                "decoder": "simplejpeg" if jpeg.is_used() else "Pillow",
+                "loader": f"{num_workers} threads",
+                "kept_in_memory": "nothing",
+            },
             "peer": {
                 "decode": "exact",
                 "loader": f"DataLoader, {num_workers} processes, persistent",
-                "pipeline": 'WebDataset.decode("pil").to_tuple.map_tuple.batched; PIL and NumPy, no torchvision',
+                "decoder": "Pillow",
+                "pipeline": f'WebDataset.decode("pil").to_tuple.map_tuple.batched; {preprocess}',
             },
         },
         contention=contention,
@@ -258,10 +269,13 @@ def _row(
 
 
 def _read_all(samples: WebDatasetSamples, passes: int) -> int:
+    number = 0
     for _ in range(passes):
-        for index in range(len(samples)):
-            samples.read(index)
-    return passes * len(samples)
+        for start in range(0, len(samples), CHUNK):
+            indices = range(start, min(start + CHUNK, len(samples)))
+            together = samples.read_together(indices)
+            number += sum(1 for index in indices if together.get(index) or samples.read(index))
+    return number
 
 
 def _opening(data: _Shards) -> dict[str, float]:
@@ -274,11 +288,19 @@ def _opening(data: _Shards) -> dict[str, float]:
     return {"index_seconds": seconds[0], "open_seconds": seconds[1]}
 
 
-def _batches_in_turns(plan: Plan, data: _Shards, config: DataConfig) -> dict[str, dict[str, Spread]]:
+def _batches_in_turns(
+    plan: Plan, data: _Shards, config: DataConfig, preprocess: peer.Preprocess
+) -> dict[str, dict[str, Spread]]:
     """The loader's threads and the peer's processes live from the first round to the last."""
     samples = data.source.open()
     theirs = _PeerPass(
-        peer.batches(data.paths, image_size=IMAGE_SIZE, batch_size=plan.batch_size, num_workers=config.num_threads)
+        peer.batches(
+            data.paths,
+            image_size=IMAGE_SIZE,
+            batch_size=plan.batch_size,
+            num_workers=config.num_threads,
+            preprocess=preprocess,
+        )
     )
     with closing(Loader(samples, config, seed=0, batch_size=plan.batch_size).steps(0)) as steps:
 
@@ -311,7 +333,7 @@ class _PeerPass:
             process.join()
 
 
-def _agreement(plan: Plan, data: _Shards, config: DataConfig) -> dict[str, Any]:
+def _agreement(plan: Plan, data: _Shards, config: DataConfig, preprocess: peer.Preprocess) -> dict[str, Any]:
     """How the pixels of both sides compare.
 
     Raises:
@@ -319,7 +341,9 @@ def _agreement(plan: Plan, data: _Shards, config: DataConfig) -> dict[str, Any]:
     """
     samples = data.source.open()
     loader = Loader(samples, config, seed=0, batch_size=plan.batch_size)
-    theirs = peer.batches(data.paths, image_size=IMAGE_SIZE, batch_size=plan.batch_size, num_workers=0)
+    theirs = peer.batches(
+        data.paths, image_size=IMAGE_SIZE, batch_size=plan.batch_size, num_workers=0, preprocess=preprocess
+    )
     signal_to_noise: list[float] = []
     with closing(loader.steps(0)) as steps:
         for (batch,), (images, captions) in islice(zip(steps, theirs, strict=False), NUM_COMPARED):

@@ -18,7 +18,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         results: what `python -m bench` writes.
     """
     lines = [_line(HEAD), _line(["---"] * len(HEAD)), *(_line(_cells(row)) for row in results["rows"])]
-    return "\n".join([*lines, "", _machine(results["machine"]), ""])
+    missing = [f"Not measured: {name} {why}" for name, why in results.get("not_measured", {}).items()]
+    return "\n".join([*lines, "", *missing, _machine(results["machine"]), ""])
 
 
 def _line(cells: list[str]) -> str:

@@ -4,10 +4,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
+from typing import Protocol
 
 from bench.row import Spread
 
-__all__ = ["Contender", "Gate", "alternate", "idle_helpers_cpu"]
+__all__ = ["Contender", "Gate", "Side", "alternate", "idle_helpers_cpu"]
 
 # Names of threads that work for a side beside its own; their CPU time counts.
 HELPERS = ("eclosion-data",)
@@ -120,9 +121,15 @@ class Contender:
             raise self._error
 
 
-def alternate(
-    sides: Mapping[str, Contender], *, rounds: int, warmups: int, steps: int = 1
-) -> dict[str, dict[str, Spread]]:
+class Side(Protocol):
+    """Whatever takes turns: a `Contender`, or another process."""
+
+    def steps(self, number: int) -> tuple[float, float]:
+        """Do some steps; the mean of their CPU seconds, and of their seconds on the wall."""
+        ...
+
+
+def alternate(sides: Mapping[str, Side], *, rounds: int, warmups: int, steps: int = 1) -> dict[str, dict[str, Spread]]:
     """Seconds per step of each side, which take turns.
 
     Args:

@@ -6,8 +6,8 @@ captions; `to_tuple` and `map_tuple` pick and transform them; `batched` collates
 without batches of its own takes them from worker processes, among which the shards are divided.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,8 +15,12 @@ import webdataset
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision import transforms
 
-__all__ = ["Batches", "batches", "raw"]
+__all__ = ["Batches", "Preprocess", "batches", "raw"]
+
+# Whose code resizes, crops and scales pictures: the least that does it, or torchvision's transforms, as is usual.
+Preprocess = Literal["PIL and NumPy", "torchvision's transforms"]
 
 # Images, float32 [B, 3, H, W] in [-1, 1], and their B captions.
 Batches = Iterable[tuple[Tensor, list[str]]]
@@ -27,19 +31,39 @@ def raw(shards: Sequence[str]) -> Iterable[dict[str, Any]]:
     return webdataset.WebDataset(list(shards), shardshuffle=False)
 
 
-def batches(shards: Sequence[str], *, image_size: int, batch_size: int, num_workers: int) -> Batches:
+def batches(
+    shards: Sequence[str],
+    *,
+    image_size: int,
+    batch_size: int,
+    num_workers: int,
+    preprocess: Preprocess = "PIL and NumPy",
+) -> Batches:
     """The batches of one epoch; workers stay for the next."""
+    prepare = _Lean(image_size) if preprocess == "PIL and NumPy" else _usual(image_size)
     dataset = (
         webdataset.WebDataset(list(shards), shardshuffle=False)
         .decode("pil")
         .to_tuple("jpg", "txt")
-        .map_tuple(_Preprocess(image_size), _same)
+        .map_tuple(prepare, _same)
         .batched(batch_size)
     )
     return DataLoader(dataset, batch_size=None, num_workers=num_workers, persistent_workers=num_workers > 0)
 
 
-class _Preprocess:
+def _usual(size: int) -> Callable[[Image.Image], Tensor]:
+    """What a training script writes."""
+    return transforms.Compose(
+        [
+            transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5] * 3, [0.5] * 3),
+        ]
+    )
+
+
+class _Lean:
     """From a picture to what the network sees: what torchvision's transforms do, without their overhead.
 
     Resize of the shorter side (bicubic), centre crop, scale to [-1, 1].

@@ -26,10 +26,13 @@ from eclosion.training.signals import StopSignals
 
 __all__ = [
     "COMPUTE_BOUND",
+    "CPU",
+    "ENDLESS",
     "SMOKE",
     "TINY",
     "Network",
     "Pictures",
+    "StopsAtGate",
     "bare_steps",
     "facts",
     "gflop",
@@ -209,12 +212,17 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-class _StopsAtGate(StopSignals):
+class StopsAtGate(StopSignals):
     """What the loop asks once per step whether it shall stop; here it asks whose turn it is."""
 
     def __init__(self, gate: Gate) -> None:
         super().__init__()
         self._gate = gate
+
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        """The wait for data, which the loop asks about as well: no step ends there."""
+        yield
 
     def on_step(self, *_: object) -> None:
         self._gate()
@@ -222,7 +230,7 @@ class _StopsAtGate(StopSignals):
 
 def our_steps(gate: Gate, config: dict[str, Any], pictures: Pictures) -> None:
     """The loop of eclosion itself, unchanged, for ever; its gate lies between the loader and the first draw."""
-    run_until_done(load(config).run, pictures, world=World(), stop=_StopsAtGate(gate))
+    run_until_done(load(config).run, pictures, world=World(), stop=StopsAtGate(gate))
 
 
 def bare_steps(gate: Gate, network: Network, precision: str) -> None:

@@ -24,6 +24,7 @@ import typer
 from eclosion import errors
 from eclosion.cli import app
 from eclosion.config.changes import kind_of
+from eclosion.config.dalle2_schema import DecoderFile
 from eclosion.config.schema import RunConfig
 from eclosion.data import images
 from eclosion.inspection.recipes import recipes
@@ -40,6 +41,7 @@ TABLE_TITLES = {
     "tasks": ("Tasks", "task"),
     "sources": ("Data sources", "data.source"),
     "models": ("Models", "task.model"),
+    "encoders": ("Encoders", "task.encoder"),
     "noise_schedules": ("Noise schedules", "task.noise_schedule"),
     "samplers": ("Samplers", "sample.sampler"),
     "loggers": ("Loggers", "track.log"),
@@ -108,16 +110,46 @@ def _part(table: str, name: str) -> str:
 def _dialect(name: str) -> str:
     module = sys.modules[resolve("dialects", name).recognises.__module__]
     settings = [cls for cls in vars(module).values() if inspect.isclass(cls) and cls.__module__ == module.__name__]
-    return "\n\n".join([f"### {name}", inspect.getdoc(module) or "", *("\n".join(_entries(c, "")) for c in settings)])
+    keys = ["\n".join(_entries(cls, "")) for cls in settings] or [f"Its keys: [{name}]({name}.md)."]
+    return "\n\n".join([f"### {name}", inspect.getdoc(module) or "", *keys])
+
+
+def dalle2_reference() -> str:
+    """Every key of DALLE2-pytorch's decoder configs, section by section."""
+    return "\n\n".join(_sections(DecoderFile, ""))
+
+
+def _sections(cls: Any, path: str) -> Iterator[str]:
+    """A section with its own keys, then the sections inside it."""
+    inside = {field.name: _section_in(field.type) for field in dataclasses.fields(cls)}
+    entries = []
+    for key in describe(cls):
+        default = {"required": "required", "none": "default `null`"}.get(key.default, f"default `{key.default}`")
+        entries.append(f"`{key.name}`\n: {key.type.replace(' or none', ' or null')} · {default}\n\n  {key.text}\n")
+    yield "\n\n".join([f"## {path or 'The file'}", inspect.getdoc(cls) or "", "\n".join(entries)])
+    for name, section in inside.items():
+        if section is not None:
+            many = "[]" if section[1] else ""
+            yield from _sections(section[0], f"{path}.{name}{many}" if path else f"{name}{many}")
+
+
+def _section_in(annotation: Any) -> tuple[Any, bool] | None:
+    """The section that a key holds, and whether it holds a list of them; None for a plain value."""
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        return annotation, False
+    found = [inside for one in get_args(annotation) if (inside := _section_in(one))]
+    return (found[0][0], get_origin(annotation) is list or found[0][1]) if found else None
 
 
 def _entries(cls: Any, prefix: str, *, resume: bool = False) -> Iterator[str]:
     """The options of a section or part, those of a section inside it included."""
     for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(field.type):
-            yield from _entries(field.type, f"{prefix}{field.name}.", resume=resume)
-        else:
+        section = None if get_origin(field.type) is dict else _section_in(field.type)
+        if not dataclasses.is_dataclass(field.type):
             yield _entry(cls, field, prefix, resume=resume)
+        if section is not None:
+            many = "[]" if section[1] else ""
+            yield from _entries(section[0], f"{prefix}{field.name}{many}.", resume=resume)
 
 
 def _entry(cls: Any, field: Any, prefix: str, *, resume: bool) -> str:
@@ -239,6 +271,7 @@ def layers() -> str:
 GENERATED: dict[str, Callable[[], str]] = {
     "commands": command_reference,
     "config": config_reference,
+    "dalle2": dalle2_reference,
     "exit-codes": exit_codes,
     "image-rules": image_rules,
     "layers": layers,

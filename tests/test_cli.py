@@ -28,7 +28,20 @@ def config(make_config, tmp_path):
 
 def test_help_names_every_command(command):
     out = command("--help").out
-    for name in ("demo", "init", "check", "train", "sample", "export", "data", "runs", "doctor", "list", "schema"):
+    for name in (
+        "demo",
+        "init",
+        "check",
+        "train",
+        "sample",
+        "export",
+        "import",
+        "data",
+        "runs",
+        "doctor",
+        "list",
+        "schema",
+    ):
         assert f"\n  {name} " in out
     assert "report" in out
 
@@ -61,7 +74,7 @@ def test_init_names_the_recipes(command, tmp_path):
     wrong = command("init", tmp_path / "c.yaml", "--recipe", "buterflies")
     assert wrong.err == (
         "error: 'buterflies' is no recipe. Did you mean 'butterflies'? "
-        "Options: butterflies, classes, clipart, flow, folder, huggingface.\n"
+        "Options: butterflies, classes, clipart, decoder, flow, folder, huggingface.\n"
     )
 
 
@@ -165,7 +178,7 @@ def test_list_shows_parts_with_their_options(command):
     assert "num_inference_steps  int >= 1" in out
     assert "one of: trailing, linspace, leading" in out
     assert command("list", "sampler").err == (
-        "error: 'sampler' is no table of parts. Did you mean 'samplers'? Options: dialects, loggers, models, "
+        "error: 'sampler' is no table of parts. Did you mean 'samplers'? Options: dialects, encoders, loggers, models, "
         "noise_schedules, samplers, sources, tasks.\n"
     )
 

@@ -16,6 +16,8 @@ PARTS = [(table, name) for table, names in TABLES.items() if table != "dialects"
 REQUIRED = {
     "folder": {"root": "images"},
     "huggingface": {"path": "images"},
+    "transformers_vision": {"model": "models/dinov2"},
+    "unclip_decoder": {"unets": [{"image_size": 16}, {"sampler": "ddim"}]},
     "webdataset": {"webdataset_base_url": "shards/{}.tar"},
 }
 each_part = pytest.mark.parametrize(("table", "name"), PARTS)

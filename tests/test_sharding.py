@@ -461,7 +461,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_partial_file(tmp_path, whole, cal
         said = message(EnvironmentProblem, write, whole.parent, tmp_path / "out", num_workers=1)
     assert said.startswith(f"{tmp_path}/out")
     assert " cannot be written: No space left on device; " in said
-    assert said.endswith("Finished shards are whole: make room or mend the disk, and start again.")
+    assert said.endswith("Finished files are whole: make room or mend the disk, and start again.")
     assert list((tmp_path / "out").rglob("*.new")) == []
     assert contents(write(whole.parent, tmp_path / "out")) == contents(whole)
 

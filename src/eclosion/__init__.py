@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from eclosion.diagnosis import doctor
     from eclosion.errors import ConfigError, DataError, UserError
     from eclosion.exporting import export
+    from eclosion.importing import import_checkpoint
     from eclosion.inspection.checking import check
     from eclosion.inspection.data_sheet import show_data
     from eclosion.inspection.indexing import index
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from eclosion.report import write_report
     from eclosion.sampling import sample
     from eclosion.sharding import shard
+    from eclosion.sharding.embedding import embed
+    from eclosion.tasks.unclip_pipeline import UnclipDecoderPipeline
     from eclosion.training.run import train
 
 __version__ = version("eclosion")
@@ -34,11 +37,14 @@ __version__ = version("eclosion")
 _HOMES = {
     "ConfigError": "eclosion.errors",
     "DataError": "eclosion.errors",
+    "UnclipDecoderPipeline": "eclosion.tasks.unclip_pipeline",
     "UserError": "eclosion.errors",
     "check": "eclosion.inspection.checking",
     "demo": "eclosion.demonstration",
     "doctor": "eclosion.diagnosis",
+    "embed": "eclosion.sharding.embedding",
     "export": "eclosion.exporting",
+    "import_checkpoint": "eclosion.importing",
     "index": "eclosion.inspection.indexing",
     "list_parts": "eclosion.inspection.parts",
     "list_runs": "eclosion.inspection.runs",
@@ -54,11 +60,14 @@ _HOMES = {
 __all__ = [
     "ConfigError",
     "DataError",
+    "UnclipDecoderPipeline",
     "UserError",
     "check",
     "demo",
     "doctor",
+    "embed",
     "export",
+    "import_checkpoint",
     "index",
     "list_parts",
     "list_runs",

@@ -3,18 +3,18 @@
 import json
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from eclosion.errors import ConfigError, EnvironmentProblem
 from eclosion.registry import dump
 from eclosion.rng import generator, randn
 from eclosion.sampling import TrainedTask, load_trained
-from eclosion.tasks.task import Task
 
 __all__ = ["clean_exports", "export", "export_trained"]
 
@@ -23,19 +23,21 @@ ASIDE = ".export-"
 INDEX = "model_index.json"
 
 
-def export(run: str | Path, out: str | Path, *, pipeline: str = "ddpm") -> Path:
-    """Write the newest checkpoint of a run, on its first average, as a diffusers pipeline.
+def export(run: str | Path, out: str | Path, *, pipeline: str | None = None, checkpoint: str | int = "latest") -> Path:
+    """Write a checkpoint of a run, on its first average, as a diffusers pipeline.
 
     Args:
         run: a run folder, or one checkpoint in it.
         out: the folder to write; must be new or empty.
-        pipeline: "ddpm" or "ddim".
+        pipeline: "ddpm" or "ddim" for a network in pixel space, "unclip" for a cascade; none takes the first that
+            the task has.
+        checkpoint: of a run folder: "latest", "best" by the validation loss, or a step.
 
     Returns:
-        The folder, which `DDPMPipeline.from_pretrained` or `DDIMPipeline.from_pretrained` loads.
+        The folder, which `from_pretrained` of `DDPMPipeline`, `DDIMPipeline` or `eclosion.UnclipDecoderPipeline` loads.
 
     Raises:
-        ConfigError: if `out` holds something, or there is no such pipeline.
+        ConfigError: if `out` holds something, or the task has no such pipeline.
         CheckpointError: if the run has no checkpoint.
         UserError: if diffusers has no pipeline for this task.
         EnvironmentProblem: if what was written does not load as the same network.
@@ -43,21 +45,22 @@ def export(run: str | Path, out: str | Path, *, pipeline: str = "ddpm") -> Path:
     target = Path(out)
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"{target} is not empty. Choose a new folder for the pipeline.")
-    return export_trained(load_trained(run, device="cpu"), target, pipeline=pipeline)
+    return export_trained(load_trained(run, checkpoint=checkpoint, device="cpu"), target, pipeline=pipeline)
 
 
-def export_trained(trained: TrainedTask, target: Path, *, pipeline: str) -> Path:
+def export_trained(trained: TrainedTask, target: Path, *, pipeline: str | None) -> Path:
     """Write a trained task as a pipeline folder.
 
     It is written aside, loaded again and compared; then its files move into `target`, the one that makes it a
     pipeline last, so that a kill leaves no half of one.
     """
-    wanted = _pipeline(trained.task, pipeline)
+    how = trained.run.sample
+    wanted = trained.task.pipeline(pipeline, sampler=how.sampler, guidance_scale=how.guidance_scale)
     target.mkdir(parents=True, exist_ok=True)
     aside = target / f"{ASIDE}{uuid.uuid4().hex}"
     try:
         wanted.save_pretrained(aside, safe_serialization=True)
-        (aside / "README.md").write_text(_card(type(wanted).__name__, trained), encoding="utf-8")
+        (aside / "README.md").write_text(_card(wanted, trained), encoding="utf-8")
         _compare(wanted, aside)
         (target / INDEX).unlink(missing_ok=True)
         for path in sorted(aside.iterdir(), key=lambda path: path.name == INDEX):
@@ -76,36 +79,48 @@ def clean_exports(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def _pipeline(task: Task, kind: str) -> Any:
-    ddpm = task.pipeline()
-    if kind == "ddpm":
-        return ddpm
-    if kind == "ddim":
-        from diffusers import DDIMPipeline, DDIMScheduler  # heavy: only when a pipeline is wanted
-
-        return DDIMPipeline(unet=ddpm.unet, scheduler=DDIMScheduler.from_config(ddpm.scheduler.config))
-    raise ConfigError(f"{kind!r} is no pipeline for export. Use ddpm or ddim.")
-
-
 def _compare(wanted: Any, folder: Path) -> None:
-    """The pipeline on disk must be the one in memory: same weights, same noise levels, same output."""
+    """The pipeline on disk must be the one in memory: same networks, same noise levels, same settings."""
     with _quiet():
         found = type(wanted).from_pretrained(folder, low_cpu_mem_usage=False)
-    ours, theirs = wanted.unet.state_dict(), found.unet.state_dict()
-    same = ours.keys() == theirs.keys() and all(torch.equal(ours[k].cpu(), theirs[k].cpu()) for k in ours)
-    same = same and torch.equal(wanted.scheduler.alphas_cumprod, found.scheduler.alphas_cumprod)
-    if same:
-        x, t = _probe(wanted.unet)
-        was_training = wanted.unet.training
-        with torch.no_grad():
-            wanted_out = wanted.unet.eval()(x.to(wanted.unet.device), t.to(wanted.unet.device)).sample.cpu()
-            found_out = found.unet.eval()(x, t).sample
-        wanted.unet.train(was_training)
-        same = torch.allclose(wanted_out, found_out, rtol=1e-3, atol=1e-4)
-    if not same:
+    ours, theirs = _networks(wanted), _networks(found)
+    same = ours.keys() == theirs.keys() and _settings(wanted) == _settings(found)
+    if "scheduler" in wanted.components:
+        same = same and torch.equal(wanted.scheduler.alphas_cumprod, found.scheduler.alphas_cumprod)
+    different = [name for name in ours if not (same and _is_same(ours[name], theirs[name]))]
+    if different:
         raise EnvironmentProblem(
-            f"{folder}: the pipeline does not load as the network that was written. Check the disk."
+            f"{folder}: the pipeline does not load as the network that was written ({', '.join(different)}). "
+            "Check the disk."
         )
+
+
+def _networks(pipeline: Any) -> dict[str, Any]:
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+
+
+def _settings(pipeline: Any) -> str:
+    """What the pipeline is told besides its parts."""
+    told = {k: v for k, v in pipeline.config.items() if not k.startswith("_") and k not in pipeline.components}
+    return json.dumps(told, sort_keys=True)
+
+
+def _is_same(wanted: Any, found: Any) -> bool:
+    """Whether two networks have the same weights and give the same output."""
+    ours, theirs = wanted.state_dict(), found.state_dict()
+    if ours.keys() != theirs.keys() or not all(torch.equal(ours[k].cpu(), theirs[k].cpu()) for k in ours):
+        return False
+    probe = _probe(wanted)
+    was_training = wanted.training
+    with torch.no_grad():
+        wanted_out = wanted.eval()(**{name: x.to(wanted.device) for name, x in probe.items()})
+        found_out = found.eval()(**probe)
+    wanted.train(was_training)
+    return torch.allclose(_tensor(wanted_out).cpu(), _tensor(found_out), rtol=1e-3, atol=1e-4)
+
+
+def _tensor(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output.sample
 
 
 @contextmanager
@@ -122,20 +137,51 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _probe(unet: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    size = unet.config.sample_size
+def _probe(unet: Any) -> dict[str, torch.Tensor]:
+    """What a network is called with to compare it: one image, and all that it was built to be told."""
+    rngs, told = [generator(0, "export")], unet.config
+    size = told.sample_size if "sample_size" in told else 2 * unet.size_factor
     height, width = (size, size) if isinstance(size, int) else size
-    x = randn([generator(0, "export")], (unet.config.in_channels, height, width))
-    return x, torch.tensor([1])
+    image = (told.in_channels, height, width)
+    shapes = {
+        "sample": image,
+        "image_embed": told.get("image_embed_dim") and (told.image_embed_dim,),
+        "text_encodings": told.get("text_embed_dim") and (2, told.text_embed_dim),
+        "lowres_cond": told.get("lowres_cond") and image,
+    }
+    probe = {name: randn(rngs, shape) for name, shape in shapes.items() if shape}
+    levels = ("timestep", "lowres_noise_level") if told.get("lowres_noise_cond") else ("timestep",)
+    return probe | {name: torch.tensor([1]) for name in levels}
 
 
-def _card(kind: str, trained: TrainedTask) -> str:
+# What a model card shows of a pipeline by its class: a tag of the hub, and how it is used.
+USES = {
+    "UnclipDecoderPipeline": (
+        "image-to-image",
+        """from eclosion import UnclipDecoderPipeline
+
+pipeline = UnclipDecoderPipeline.from_pretrained("path/to/this/folder", low_cpu_mem_usage=False)
+images = pipeline({call}).images""",
+    )
+}
+USE = (
+    "unconditional-image-generation",
+    """from diffusers import {kind}
+
+image = {kind}.from_pretrained("path/to/this/folder")().images[0]""",
+)
+
+
+def _card(wanted: Any, trained: TrainedTask) -> str:
     """The model card: what it is, how to use it, what it was made from."""
+    kind = type(wanted).__name__
+    tag, use = USES.get(kind, USE)
+    example = use.format(kind=kind, call=_call(trained.task.wants))
     config = json.dumps(dump(trained.run), indent=2)
     environment = json.dumps(trained.meta["environment"], indent=2)
     return f"""---
 library_name: diffusers
-pipeline_tag: unconditional-image-generation
+pipeline_tag: {tag}
 tags: [diffusion, eclosion]
 ---
 
@@ -144,9 +190,7 @@ tags: [diffusion, eclosion]
 An image diffusion model trained from scratch with eclosion.
 
 ```python
-from diffusers import {kind}
-
-image = {kind}.from_pretrained("path/to/this/folder")().images[0]
+{example}
 ```
 
 | | |
@@ -168,3 +212,9 @@ image = {kind}.from_pretrained("path/to/this/folder")().images[0]
 {environment}
 ```
 """
+
+
+def _call(wants: Sequence[str]) -> str:
+    """How a pipeline is called for two images that follow something."""
+    names = {"image_embed": "image_embeds=image_embeds", "text_encodings": "text_encodings=text_encodings"}
+    return ", ".join([names[name] for name in wants] or ["num_images=2"])

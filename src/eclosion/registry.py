@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 __all__ = [
     "DIALECTS",
+    "ENCODERS",
     "LOGGERS",
     "MODELS",
     "NOISE_SCHEDULES",
@@ -66,7 +67,13 @@ MODELS = {
     "diffusers": "eclosion.models.diffusers:DiffusersModel",
     "unclip_unet": "eclosion.models.unclip:UnclipUNetModel",
 }
+ENCODERS = {
+    "clip": "eclosion.models.encoders:ClipEncoder",
+    "efficientnet_lite0": "eclosion.models.encoders:EfficientNetLite0Encoder",
+    "transformers_vision": "eclosion.models.encoders:TransformersVisionEncoder",
+}
 TASKS = {
+    "unclip_decoder": "eclosion.tasks.unclip_decoder:UnclipDecoder",
     "unconditional": "eclosion.tasks.unconditional:Unconditional",
 }
 NOISE_SCHEDULES = {
@@ -90,12 +97,14 @@ LOGGERS = {
     "tensorboard": "eclosion.tracking.tensorboard:TensorBoardLogger",
 }
 DIALECTS = {
+    "dalle2": "eclosion.config.dalle2:DIALECT",
     "hf_tutorial": "eclosion.config.hf_tutorial:DIALECT",
 }
 TABLES: dict[str, dict[str, str]] = {
     "tasks": TASKS,
     "sources": SOURCES,
     "models": MODELS,
+    "encoders": ENCODERS,
     "noise_schedules": NOISE_SCHEDULES,
     "samplers": SAMPLERS,
     "loggers": LOGGERS,
@@ -286,12 +295,16 @@ def type_name(annotation: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(map(type_name, inside))
     if origin is list:
+        if dataclasses.is_dataclass(inside[0]):
+            return "list of mappings of options"
         held = part_of(inside[0])
         return f"list of {held.table.replace('_', ' ') if held else type_name(inside[0])}"
     if origin is tuple:
         return f"[{', '.join(map(type_name, inside))}]"
     if origin is dict:
         return "mapping"
+    if dataclasses.is_dataclass(annotation):
+        return "mapping of options"
     return _WORDS.get(annotation) or str(getattr(annotation, "__name__", annotation))
 
 

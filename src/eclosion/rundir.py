@@ -6,7 +6,10 @@ from pathlib import Path
 
 from eclosion.errors import ConfigError
 
-__all__ = ["RunDir"]
+__all__ = ["LEGEND", "RunDir"]
+
+# The key under which a grid's PNG says how it is to be read.
+LEGEND = "legend"
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})$")
 

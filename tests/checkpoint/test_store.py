@@ -315,3 +315,19 @@ def test_a_checkpoint_that_a_killed_replacement_set_aside_is_put_back(run):
     store.clean_orphans()
     assert store.latest() == run.checkpoint(1)
     store.close()
+
+
+def test_the_one_to_keep_outlives_newer_ones_until_another_takes_its_place_on_disk(run, gate):
+    gate.set()
+    with CheckpointStore(run, keep_last=2) as store:
+        for step, best in ((1, None), (2, 2), (3, 2), (4, 2), (5, 2)):
+            store.save(step, weights(step), {}, {}, keep=best, wait=True)
+        assert steps(store) == [5, 4, 2]
+        gate.clear()
+        gate.reached.clear()
+        store.save(6, weights(6), {}, {}, keep=6)
+        assert gate.reached.wait(30)
+        assert steps(store) == [5, 4, 2]  # the new best is not on disk, so the old one still is
+        gate.set()
+        store.close()
+        assert steps(store) == [6, 5]

@@ -32,13 +32,21 @@ def test_every_key_of_a_config_is_in_one_class_and_what_shapes_the_images_is_ide
         "optimizer.betas",
         "optimizer.epsilon",
         "optimizer.weight_decay",
+        "optimizer.decay",
+        "optimizer.networks",
         "optimizer.lr_schedule",
         "optimizer.lr_warmup_steps",
         "ema.warmup",
         "data.max_bad_fraction",
     }
     assert {kinds[p] for p in ("seed", "data.image_size", "task.model.preset", "data.source.size")} == {"identity"}
-    assert {kinds[p] for p in ("output", "data.num_threads", "sample.every", "track.log")} == {"free"}
+    assert {kinds[p] for p in ("output", "data.num_threads", "sample.every", "track.log[0].name")} == {"free"}
+
+
+def test_how_a_network_of_a_cascade_is_sampled_is_free_and_what_it_is_is_not():
+    assert {kind_of(f"task.unets[{i}].sampler{rest}") for i in (0, 12) for rest in ("", ".name", ".eta")} == {"free"}
+    others = ("image_size", "model.base_channels", "samplers")
+    assert {kind_of(f"task.unets[1].{key}") for key in others} == {"identity"}
 
 
 def test_free_keys_may_change_without_a_word():
@@ -78,3 +86,16 @@ def test_a_free_key_that_changes_the_last_bits_is_known_as_one():
         ("data.num_threads", False),
         ("train.micro_batch_size", True),
     ]
+
+
+def test_a_key_that_an_older_version_did_not_have_is_no_change_unless_it_is_used():
+    older = {**BEFORE, "optimizer": {k: v for k, v in BEFORE["optimizer"].items() if k not in ("decay", "networks")}}
+    del older["validate"]
+    assert compare(older, BEFORE) == []
+    (change,) = compare(older, after("optimizer.decay=matrices"))
+    assert (change.path, change.before, change.after) == ("optimizer.decay", "all", "matrices")
+
+
+def test_a_config_that_is_none_any_more_is_compared_as_it_is():
+    older = {**BEFORE, "gone": 1}
+    assert [str(change) for change in compare(older, BEFORE)] == ["gone: 1 -> None"]

@@ -120,3 +120,11 @@ def test_a_native_config_is_not_taken_for_the_tutorials():
     with pytest.raises(ConfigError) as error:
         load({"output": "x", "data": {"source": "butterflies"}, "image_size": 32, "num_epochs": 2})
     assert [problem.partition(" ")[0] for problem in error.value.problems] == ["image_size", "num_epochs"]
+
+
+def test_an_unknown_setting_is_left_out_with_a_note_if_that_is_wished():
+    loaded = load(config(num_epoch=3, push_to_hub=False), lenient=True)
+    assert loaded.run == load(config()).run
+    (note,) = loaded.notes
+    assert note.startswith("num_epoch is not an option. Did you mean 'num_epochs'?")
+    assert note.endswith(" It is left out.")

@@ -55,6 +55,17 @@ def test_every_value_knows_where_it_came_from():
     }
 
 
+def test_each_value_in_a_list_of_mappings_has_a_path_and_knows_where_it_came_from():
+    preprocessing = {"CenterCrop": {"size": 32}, "ToTensor": True}
+    loaded = load({**TREE, "data": {**TREE["data"], "preprocessing": preprocessing}}, ["track.log=[console]"])
+    found = dict(leaves(dump(loaded.run)))
+    assert found["data.preprocessing[0].CenterCrop.size"] == 32
+    assert found["data.preprocessing[1].ToTensor"] == {}
+    assert found["track.log[0].name"] == "console"
+    assert loaded.origins["data.preprocessing[0].CenterCrop.size"] == "config"
+    assert loaded.origins["track.log[0].name"] == "override"
+
+
 def test_an_objects_settings_are_its_attributes_annotated_or_not_and_no_methods():
     class Above:
         seed = 1
@@ -151,3 +162,25 @@ def test_a_run_config_made_in_python_is_taken_as_it_is():
     run = load(TREE).run
     assert isinstance(run, RunConfig)
     assert load(run, ["seed=3"]).run.seed == 3
+
+
+def test_unknown_keys_are_left_out_with_a_note_if_that_is_wished():
+    wrong = {**TREE, "trian": {"batch_size": 4}, "train": {"batchsize": 3, "batch_size": 4}}
+    loaded = load(wrong, ["sample.sampler={name: ddim, etta: 1}"], lenient=True)
+    assert loaded.run == load(TREE, ["train.batch_size=4", "sample.sampler=ddim"]).run
+    assert [note.partition("?")[0] for note in loaded.notes] == [
+        "train.batchsize is not an option. Did you mean 'batch_size'",
+        "sample.sampler.etta is not an option of 'ddim'. Did you mean 'eta'",
+        "trian is not an option. Did you mean 'train'",
+    ]
+    assert all(note.endswith(" It is left out.") for note in loaded.notes)
+    with pytest.raises(ConfigError, match=r"data\.image_size is 'big'"):
+        load({**TREE, "data": {**TREE["data"], "image_size": "big"}}, lenient=True)
+
+
+def test_a_config_that_is_nested_too_deep_for_a_check_is_refused():
+    deep = {}
+    for _ in range(800):
+        deep = {"a": deep}
+    with pytest.raises(ConfigError, match=r"^config: is nested deeper than any config is\.$"):
+        load({"output": "x", "data": {"source": "butterflies", "preprocessing": {"ToTensor": deep}}})

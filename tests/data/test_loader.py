@@ -5,6 +5,7 @@ import sys
 import textwrap
 import threading
 import time
+import tracemalloc
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -219,6 +220,16 @@ def test_the_budget_for_memory_is_kept():
     no_memory = Loader(Fake(20), config(cache_gb=0), seed=0, batch_size=20)
     first(no_memory, 2)
     assert len(no_memory.samples.reads) == 40
+
+
+def test_what_is_kept_in_memory_holds_nothing_of_what_was_cropped_away():
+    loader = Loader(Fake(20, size=(256, 256)), config(), seed=0, batch_size=20)
+    tracemalloc.start()
+    try:
+        first(loader, 1)
+        assert tracemalloc.get_traced_memory()[0] < 256 * 256 * 3
+    finally:
+        tracemalloc.stop()
 
 
 def test_reading_runs_a_few_steps_ahead_and_no_further():

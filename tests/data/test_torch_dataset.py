@@ -271,3 +271,46 @@ def test_items_that_lack_what_the_first_one_has_are_bad_samples():
     labels = TorchDatasetSamples([(picture(0), 0), (picture(1), 7)], class_names=("a", "b"))
     with pytest.raises(BadSample, match=r"^dataset\[1\]: has label 7, and there are 2 classes\.$"):
         labels.read(1)
+
+
+def embedded(number, shape=(3,)):
+    image = Image.new("RGB", (8, 8), (number, 0, 0))
+    return {
+        "image": image,
+        "image_embed": torch.full(shape, float(number + 1)),
+        "text_encodings": np.ones((2, 4), "f8"),
+    }
+
+
+def test_arrays_of_items_reach_the_batch_with_their_own_image():
+    samples = TorchDatasetSamples([embedded(number) for number in range(4)])
+    assert samples.array_shapes == {"image_embed": (3,), "text_encodings": (2, 4)}
+    batch = Loader(samples, config(), seed=0, batch_size=4).batch_at(range(4))
+    red = ((batch["image"][:, 0, 0, 0] + 1) * 127.5).round()
+    assert torch.equal(batch["image_embed"], (red + 1)[:, None].expand(4, 3))
+    assert batch["text_encodings"].dtype == torch.float32
+    assert (
+        samples.fingerprint
+        != TorchDatasetSamples([embedded(n) | {"image_embed": torch.ones(3)} for n in range(4)]).fingerprint
+    )
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (embedded(1, (4,)), r"dataset\[1\]: has image_embed of shape \[4\], and that of the first item is \[3\]"),
+        ({"image": Image.new("RGB", (8, 8))}, r"dataset\[1\]: has no image_embed, and that of the first item is \[3\]"),
+        (embedded(1) | {"image_embed": torch.zeros(3)}, r"dataset\[1\] image_embed: is all zero"),
+    ],
+)
+def test_an_item_whose_array_is_missing_or_of_another_shape_is_a_bad_sample(item, message):
+    samples = TorchDatasetSamples([embedded(0), item])
+    with pytest.raises(BadSample, match=message):
+        samples.read(1)
+
+
+def test_an_array_of_the_wrong_number_of_dimensions_is_refused():
+    with pytest.raises(
+        DataError, match=r"dataset\[0\]: image_embed is an array \[2, 3\] of float32, and must be \[dim\]"
+    ):
+        TorchDatasetSamples([embedded(0, (2, 3))])

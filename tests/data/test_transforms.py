@@ -239,6 +239,33 @@ def test_a_long_thin_image_is_not_scaled_beyond_all_memory():
     )
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"image_size": (24, 40)},
+        {"image_size": 8},
+        {"image_size": (8, 12), "resize": "stretch"},
+        {"image_size": 8, "resize": "none"},
+        {"image_size": 8, "resize": "none", "crop": "random"},
+    ],
+    ids=str,
+)
+def test_pixels_and_a_picture_of_them_become_the_same(options):
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
+    chosen = transform(**options)
+    np.testing.assert_array_equal(chosen.prepare(pixels, "x"), chosen.prepare(Image.fromarray(pixels), "x"))
+    with pytest.raises(BadSample, match="smaller than the crop of 99x99"):
+        transform(image_size=99, resize="none").prepare(pixels, "x")
+
+
+def test_scaling_has_the_bits_of_to_tensor_and_normalize():
+    values = np.arange(256, dtype=np.uint8)
+    out = np.empty((1, 1, 1, 256), np.float32)
+    to_float([values[None, None]], out)
+    wanted = torch.from_numpy(values).to(torch.float32).div(255).sub(0.5).div(0.5)
+    assert torch.equal(torch.from_numpy(out[0, 0, 0]), wanted)
+
+
 def test_what_is_scaled_already_is_copied_beside_bytes():
     ready = np.random.default_rng(0).random((3, 4, 4), np.float32) * 2 - 1
     pixels = np.full((3, 4, 4), 255, np.uint8)

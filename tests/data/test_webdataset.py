@@ -137,6 +137,17 @@ def all_of(samples):
     return [samples.read(i) for i in range(len(samples))]
 
 
+def assert_equal_samples(some, others):
+    """That both hold the same samples by index, down to their names and embeddings."""
+    assert some.keys() == others.keys()
+    for index, one in some.items():
+        other = others[index]
+        assert (one.image, one.name, one.caption, one.label) == (other.image, other.name, other.caption, other.label)
+        assert {name: array.tolist() for name, array in one.arrays.items()} == {
+            name: array.tolist() for name, array in other.arrays.items()
+        }
+
+
 def loader(samples, options, **more):
     return Loader(samples, options, **({"seed": 0, "batch_size": 8} | more))
 
@@ -198,7 +209,9 @@ def check_against_library(samples, paths, *, with_arrays):
     """Every sample that has an image, member by member."""
     theirs = [sample for sample in library(*paths) if any(suffix in sample for suffix in IMAGES)]
     assert len(samples) == len(theirs)
-    for ours, raw in zip(all_of(samples), theirs, strict=True):
+    alone = all_of(samples)
+    assert_equal_samples(samples.read_together(range(len(alone))), dict(enumerate(alone)))
+    for ours, raw in zip(alone, theirs, strict=True):
         assert ours.image == next(raw[suffix] for suffix in raw if suffix in IMAGES)
         assert ours.caption == raw.get("txt", b"").decode().strip()
         assert ours.label == int(raw["cls"])
@@ -914,6 +927,100 @@ def test_the_budget_is_for_all_that_is_bad_together(tmp_path):
             refusal(DataError, lambda options=options: first_steps(loader(shards.open(), options), 1))
 
 
+# -------------------------------------------------------------------------------------------------- several at a time
+
+
+def uneven(shard, row, found):
+    """Samples among which some lack something, some are damaged, and some are large."""
+    if row % 5 == 1:
+        del found["txt"]
+    if row % 5 == 2:
+        found["txt"] = b"\xff"
+    if row == 3:
+        found["png"] = random.Random(shard).randbytes(70_000)
+    found["img_emb.npy"] = npy(embedding(shard, row)) if row != 6 else b"no array"
+    found["seg.png"] = bytes(10_000 * (row % 3))
+
+
+@pytest.mark.parametrize("wanted", [range(30), [17, 3, 25, 4, 4, 0, 29], [8]], ids=["all", "scattered", "one"])
+def test_what_is_read_together_is_what_is_read_alone(wanted, tmp_path):
+    write(tmp_path, [10, 12, 8], uneven)
+    with closing(source(tmp_path, labels=True).open()) as samples:
+        alone = {}
+        for index in wanted:
+            try:
+                alone[index] = samples.read(index)
+            except BadSample:
+                continue
+        large = {index for index, sample in alone.items() if len(sample.image) > 2**16}
+        assert_equal_samples(samples.read_together(wanted), {i: s for i, s in alone.items() if i not in large})
+    assert 0 < len(alone) <= len(set(wanted))
+
+
+def test_neighbours_are_read_with_one_look_at_the_disk(tmp_path, monkeypatch):
+    write(tmp_path, [20])
+    looks, real = [], os.pread
+    with closing(source(tmp_path).open()) as samples:
+        samples.read(0)
+        monkeypatch.setattr("os.pread", lambda *args: (looks.append(args[1:]), real(*args))[1])
+        assert len(samples.read_together(range(3, 19))) == 16
+        assert len(looks) == 1
+        assert len(samples.read_together([0, 9, 19])) == 3
+    assert sum(size for size, _ in looks) <= (tmp_path / "00000.tar").stat().st_size + looks[0][0]
+
+
+@pytest.mark.parametrize("change", ["touched", "cut"])
+def test_nothing_is_read_together_of_a_shard_that_changed(change, tmp_path):
+    write(tmp_path, [4, 4])
+    with closing(source(tmp_path).open()) as samples:
+        assert not samples.read_together(range(8))  # nothing is opened for it
+        samples.read(0)
+        assert list(samples.read_together(range(8))) == [0, 1, 2, 3]
+        samples.read(4)
+        assert len(samples.read_together(range(8))) == 8
+        path = tmp_path / "00000.tar"
+        if change == "cut":
+            os.truncate(path, 3000)
+        os.utime(path, ns=(1, 1))
+        assert list(samples.read_together(range(8))) == [4, 5, 6, 7]
+        with pytest.raises(BadSample, match="has changed since it was indexed"):
+            samples.read(0)
+
+
+@pytest.mark.parametrize("num_threads", [0, 2])
+@pytest.mark.parametrize("order", [{"shuffle": True, "shuffle_window": 2}, {"shuffle": False}], ids=str)
+def test_batches_do_not_depend_on_the_library_that_decodes_jpeg(order, num_threads, tmp_path, monkeypatch):
+    pytest.importorskip("simplejpeg")
+    rng = np.random.default_rng(0)
+
+    def photo(shard, row, found):
+        file = io.BytesIO()
+        pixels = rng.integers(0, 256, (40, 40 + 8 * (row % 3), 3), np.uint8)
+        Image.fromarray(pixels).save(file, "JPEG", progressive=row % 4 == 0)
+        del found["png"]
+        found["jpg"] = file.getvalue() if row != 7 else file.getvalue()[:-300]
+
+    shards = source(write(tmp_path, [10, 12, 8], photo))
+    runs = []
+    for _ in range(2):
+        for decode in ("exact", "scaled"):
+            options = config(
+                shards,
+                image_size=16,
+                resize="cover",
+                decode=decode,
+                num_threads=num_threads,
+                horizontal_flip=True,
+                max_bad_fraction=1.0,
+                **order,
+            )
+            with closing(shards.open()) as samples:
+                runs.append(first_steps(loader(samples, options, batch_size=11), 4))
+        monkeypatch.setattr("eclosion.data.jpeg.simplejpeg", None)
+    same(runs[0], runs[2])
+    same(runs[1], runs[3])
+
+
 # ----------------------------------------------------------------------------------------- shards that change meanwhile
 
 
@@ -1276,6 +1383,26 @@ def test_commands_that_look_alike_in_messages_are_different_shards(tmp_path, own
                 ("of the first", 1),
                 ("of the second, which is longer", 2),
             ]
+
+
+def test_a_command_that_gives_something_else_the_second_time_is_an_error_that_names_it(
+    tmp_path, own_cache, monkeypatch
+):
+    """It is run again where the cache holds fewer shards than there are."""
+    monkeypatch.setattr("eclosion.data.webdataset.MAX_OPEN", 1)
+    folder = write(tmp_path / "data", [4, 4])
+    program = tmp_path / "give"
+    program.write_text(f"#!/bin/sh\ncd {tmp_path}/later 2>/dev/null || cd {folder}\nexec cat $(basename $1)\n")
+    program.chmod(0o755)
+    limit = gib(int(1.2 * (folder / "00000.tar").stat().st_size))
+    url = f"pipe:{program} {folder}/{{}}.tar --token=abcdef"
+    shards = source(folder, webdataset_base_url=url, end_shard=1, cache_limit_gb=limit)
+    with pipes_allowed(), closing(shards.open()) as samples:
+        write(tmp_path / "later", [3, 3])
+        said = refusal(DataError, lambda: first_steps(loader(samples, config(shards)), 3))
+    assert said.count(f"pipe:give {folder}/") == 1
+    assert "has changed since the run began. The command must give the same bytes each time it is run." in said
+    assert "abcdef" not in said
 
 
 def test_urls_that_differ_in_their_query_are_different_shards(tmp_path, own_cache):

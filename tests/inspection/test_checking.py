@@ -120,3 +120,43 @@ def test_class_names_reach_the_network(make_config, tmp_path):
     assert len(told.data.class_names) == 8
     width = torch.nn.Embedding(9, 64).weight.numel()  # eight classes and the hidden one
     assert told.networks[0].parameters - plain.networks[0].parameters == width
+
+
+def test_validation_is_counted_and_what_is_not_used_of_it_is_told(make_config, tmp_path):
+    source = {"name": "butterflies", "size": 30, "resolution": 20, "seed": 5}
+    config = make_config(tmp_path / "run") | {"validate": {"every": 5, "source": source, "num_samples": 12}}
+    assert check(config).validation.num_samples == 12
+    more = check(config, ["validate.num_samples=40"])
+    assert more.validation.num_samples == 30
+    assert "validate.num_samples is 40, and there are 30; all are used." in more.notes
+    off = check(config, ["validate.every=null"])
+    assert off.validation is None
+    assert "there is validation data, and it is not used: validate.every is none." in off.notes
+    assert not (tmp_path / "run").exists()
+
+
+def test_problems_of_validation_of_single_networks_and_of_guidance_are_found_at_once(make_config, tmp_path):
+    config = make_config(tmp_path / "run", optimizer={"networks": {"unit": {"learning_rate": 1}}})
+    config["validate"] = {"every": 5}
+    config["sample"]["guidance_scale"] = [1, 2]
+    assert [message[:60] for message in messages(check(config))] == [
+        "optimizer.networks: 'unit' is no network of this task. Did y",
+        "validate.every is set, and there is nothing to validate with",
+    ]
+    assert (
+        "sample: guidance_scale has 2 numbers (1, 2), and the networks of this task are unet."
+        in messages(check(config))[0]
+    )
+
+
+def test_networks_have_the_learning_rates_that_they_train_with(make_config, tmp_path):
+    config = make_config(tmp_path / "run", optimizer={"networks": {"unet": {"learning_rate": 0.5}}})
+    assert check(config).networks[0].learning_rate == 0.5
+    assert check(make_config(tmp_path / "run")).networks[0].learning_rate == 1e-3
+
+
+def test_data_that_cannot_be_opened_is_not_also_told_to_lack_embeddings(make_config, tmp_path):
+    config = make_config(tmp_path / "run")
+    config["data"]["source"] = {"name": "webdataset", "webdataset_base_url": str(tmp_path / "none" / "{}.tar")}
+    config["task"] = {"name": "unclip_decoder", "unets": [{"model": {"name": "unclip_unet"}}]}
+    assert [problem.exit_code for problem in check(config).problems] == [3]

@@ -20,6 +20,7 @@ TINY = {
     "layers_per_block": 1,
     "norm_num_groups": 4,
 }
+TINY_UNET = {"base_channels": 8, "channel_mults": [1, 1], "layers_per_block": 1, "norm_num_groups": 4}
 
 
 @pytest.fixture
@@ -40,13 +41,17 @@ def test_each_recipe_trains_as_it_stands_but_for_its_size_and_data(name, images,
         "train.duration=1 steps",
         "train.batch_size=4",
         "data.image_size=8",
-        "task.model.preset=null",
-        f"task.model.options={TINY}",
         "sample.num_images=1",
         "sample.sampler.num_inference_steps=2",
         "export=no",
     ]
-    source = parse_yaml(recipes()[name])["data"]["source"]
+    recipe = parse_yaml(recipes()[name])
+    source = recipe["data"]["source"]
+    if "unets" in recipe["task"]:
+        overrides += [f"task.unets=[{{image_size: 4, model: {TINY_UNET}}}, {{model: {TINY_UNET}}}]"]
+        overrides += ["task.encoder={name: efficientnet_lite0, image_size: 32, cache_gb: 0}"]
+    else:
+        overrides += ["task.model.preset=null", f"task.model.options={TINY}"]
     if "root" in source:
         overrides.append(f"data.source.root={images}")
     if "path" in source:  # what stands on the hub needs a network: a folder in its place

@@ -139,6 +139,18 @@ def test_with_some_embeddings_hidden_every_parameter_matters(name):
 
 
 @each_net
+def test_every_convolution_sees_maps_with_channels_first(name):
+    """A sum with a map of tokens may have its layout, and hands it on to all that follows, which is slow on a CPU."""
+    net, layouts = make(**NETS[name]), []
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d | nn.GroupNorm):
+            layer.register_forward_pre_hook(lambda _, given: layouts.append(given[0].is_contiguous()))
+    net(**told(net))
+    assert layouts
+    assert all(layouts)
+
+
+@each_net
 def test_an_image_does_not_depend_on_its_batch(name):
     net = make(**NETS[name]).eval()
     given = told(net)

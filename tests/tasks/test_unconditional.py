@@ -79,6 +79,26 @@ def test_classes_are_hidden_as_often_as_asked():
     assert torch.equal(label[~hidden], batch["label"][~hidden])
 
 
+def test_validation_draws_what_training_draws_and_hides_no_class():
+    task = make_task(CLASSES, class_conditional=True, class_dropout=1.0)
+    batch = make_batch(labels=True)
+    ours, theirs = task.validation_draw("unet", batch, rngs()), task.draw("unet", batch, rngs())
+    assert torch.equal(ours.t, theirs.t)
+    assert torch.equal(ours.noise, theirs.noise)
+    assert ours.label.tolist() == batch["label"].tolist()
+    assert theirs.label.tolist() == [3, 3, 3, 3]
+
+
+def test_a_list_of_one_guidance_and_one_sampler_is_that_of_the_one_network():
+    task = make_task(CLASSES, class_conditional=True)
+    conditions, ddim = task.conditions([0, 1]), build("samplers", {"name": "ddim", "num_inference_steps": 2})
+    one = task.sample(conditions, rngs(2), sampler=ddim, guidance_scale=2.0)
+    assert torch.equal(one, task.sample(conditions, rngs(2), sampler=[ddim], guidance_scale=[2.0]))
+    assert task.samplers(ddim) == [ddim]
+    with pytest.raises(ConfigError, match="guidance_scale has 2 numbers"):
+        task.check_sampling(ddim, [1, 2])
+
+
 def test_the_class_changes_the_loss():
     task = make_task(CLASSES, class_conditional=True, class_dropout=0.0)
     batch = make_batch(labels=True)

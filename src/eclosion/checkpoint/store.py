@@ -61,11 +61,17 @@ class CheckpointStore:
         state: Mapping[str, Any],
         meta: Mapping[str, Any],
         *,
+        keep: int | None = None,
         wait: bool = False,
     ) -> Path:
         """Take a snapshot and write it in the background; what is passed in may change as soon as this returns.
 
         Waits for the save before it, if that still runs. With `wait` it returns when the checkpoint is on disk.
+
+        Args:
+            step, files, state, meta: what is saved.
+            keep: the step of another checkpoint that stays when old ones are removed after this save.
+            wait: whether to wait for the disk.
 
         Returns:
             The folder that the checkpoint gets.
@@ -76,15 +82,17 @@ class CheckpointStore:
         self._wait()
         self._snapshot = _snapshot(files, self._snapshot)
         folder = self.run.checkpoint(step)
-        self._saving = self._writer.submit(self._write, folder, self._snapshot, _frozen(state), _frozen(meta))
+        self._saving = self._writer.submit(self._write, folder, self._snapshot, _frozen(state), _frozen(meta), keep)
         if wait:
             self._wait()
         return folder
 
-    def _write(self, folder: Path, files: Files, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    def _write(
+        self, folder: Path, files: Files, state: Mapping[str, Any], meta: Mapping[str, Any], keep: int | None
+    ) -> None:
         storage.write(folder, files, state, meta)
         self._verified.add(folder)
-        self._prune()
+        self._prune(keep)
 
     @property
     def busy(self) -> bool:
@@ -160,8 +168,8 @@ class CheckpointStore:
             if self.run.checkpoints.is_dir():
                 disk.tidy(self.run.checkpoints)
 
-    def _prune(self) -> None:
-        """Delete what is neither among the newest valid ones nor kept for good.
+    def _prune(self, keep: int | None) -> None:
+        """Delete what is neither among the newest valid ones, nor the one to keep, nor kept for good.
 
         Every byte of the two newest valid ones has been verified by this process; of the others that stay, sizes.
         """
@@ -169,7 +177,7 @@ class CheckpointStore:
         for folder in self.folders():
             if valid < self.keep_last:
                 valid += self._is_valid(folder, thorough=valid < 2)
-            elif not self._is_kept_for_good(folder):
+            elif not self._is_kept_for_good(folder) and step_of(folder) != keep:
                 with disk.explained(folder, "removed", "Newer checkpoints are intact; remove it by hand."):
                     disk.remove(folder)
 

@@ -38,6 +38,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 AllowPipe = Annotated[
     bool, typer.Option("--allow-pipe", help="Run the commands of pipe: URLs; only for configs that you trust.")
 ]
+Lenient = Annotated[
+    bool, typer.Option("--lenient", help="Leave out keys that are unknown, with a note, instead of refusing them.")
+]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
@@ -155,14 +158,18 @@ def init(
 
 @app.command()
 def check(
-    config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False, allow_pipe: AllowPipe = False
+    config: ConfigFile,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    lenient: Lenient = False,
+    allow_pipe: AllowPipe = False,
 ) -> None:
     """Show what a config would do, and everything that is wrong with it, without training."""
     from eclosion.cli.terminal import print_check
     from eclosion.inspection.checking import check
 
     with _pipes(allow_pipe):
-        found = check(config, overrides or [])
+        found = check(config, overrides or [], lenient=lenient)
     _print(found, print_check, json_wanted=as_json)
     for problem in found.problems:
         _tell(problem, debug=False)
@@ -180,13 +187,14 @@ def train(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Go on although the duration, batch size or optimizer changed.")
     ] = False,
+    lenient: Lenient = False,
     allow_pipe: AllowPipe = False,
 ) -> None:
     """Train, or go on where the run stands. Ctrl-C saves and stops; a second one stops at once."""
     from eclosion.training.run import train
 
     with _pipes(allow_pipe):
-        folder = train(config, overrides or [], resume=resume, accept_changes=accept_changes)
+        folder = train(config, overrides or [], resume=resume, accept_changes=accept_changes, lenient=lenient)
     if os.environ.get("RANK", "0") == "0":  # once, not by every process of torchrun
         print(f"Run folder: {folder}")
 
@@ -194,47 +202,128 @@ def train(
 @app.command()
 def sample(
     run: Annotated[Path, typer.Argument(help="A run folder, or one checkpoint in it.")],
-    num_images: Annotated[int, typer.Option("-n", "--num-images", min=1, help="How many images.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="Image i depends on this and i alone.")] = 0,
+    num_images: Annotated[
+        int | None,
+        typer.Option(
+            "-n", "--n", "--num-images", min=1, help="How many; else one for each embedding or image given, or 16."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Image i depends on this, on i and on what it is made from.")] = 0,
+    embeddings: Annotated[
+        Path | None, typer.Option(help="Make images from these: a .npy file, one embedding per row.")
+    ] = None,
+    text_encodings: Annotated[
+        Path | None, typer.Option(help="Text that goes with the embeddings: a .npy file, rows x tokens x dim.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Make images from those in a folder, through the run's encoder.")
+    ] = None,
+    from_data: Annotated[
+        Literal["train", "val", "test"] | None, typer.Option(help="Make images from the first samples of the data.")
+    ] = None,
     sampler: Annotated[
         str | None, typer.Option(help="See `eclosion list samplers`; the run's own if not given.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Network calls per image.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="How strongly images follow their class.")] = None,
+    steps: Annotated[
+        str | None, typer.Option(metavar="N[,N...]", help="Network calls per image; one number, or one per network.")
+    ] = None,
+    guidance_scale: Annotated[
+        str | None,
+        typer.Option(
+            metavar="X[,X...]", help="How strongly images follow their condition; one number, or one per network."
+        ),
+    ] = None,
+    first: Annotated[
+        str, typer.Option(metavar="NETWORK", help="Begin with this network of a cascade, on small --images.")
+    ] = "0",
+    last: Annotated[str | None, typer.Option(metavar="NETWORK", help="End with this network of a cascade.")] = None,
+    checkpoint: Annotated[
+        str, typer.Option(metavar="latest|best|STEP", help="Which checkpoint of the run; best by validation loss.")
+    ] = "latest",
     out: Annotated[Path | None, typer.Option(help="Where images go; a folder inside the run's if not given.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images made at once.")] = 16,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = "auto",
 ) -> None:
-    """Make images with a trained run."""
+    """Make images with a trained run, and a grid that shows them below what they were made from."""
     from eclosion.cli.terminal import sampling_bar
     from eclosion.sampling import sample
 
-    with sampling_bar(num_images, batch_size) as on_step:
+    with sampling_bar() as on_step:
         folder = sample(
             run,
             num_images=num_images,
             seed=seed,
+            embeddings=embeddings,
+            text_encodings=text_encodings,
+            images=images,
+            from_data=from_data,
             sampler=sampler,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
+            num_inference_steps=_numbers(steps, int, "--steps"),
+            guidance_scale=_numbers(guidance_scale, float, "--guidance-scale"),
+            first=first,
+            last=last,
+            checkpoint=checkpoint,
             out=out,
             batch_size=batch_size,
             device=device,
             on_step=on_step,
         )
-    print(f"{num_images} images and grid.png: {folder}")
+    count = num_images or sum(path.stem.isdigit() for path in folder.glob("*.png"))
+    print(f"{count} images and grid.png: {folder}")
+
+
+def _numbers(text: str | None, kind: Callable[[str], Any], option: str) -> Any:
+    """One number, or a list of those between commas; None if there is no text."""
+    if text is None:
+        return None
+    try:
+        numbers = [kind(word) for word in text.split(",")]
+    except ValueError:
+        example = "20 or 20,10" if kind is int else "2 or 2,1"
+        raise ConfigError(f"{option} is {text!r}, and must be numbers such as {example}.") from None
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder, or one checkpoint in it.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    pipeline: Annotated[Literal["ddpm", "ddim"], typer.Option(help="Which pipeline of diffusers.")] = "ddpm",
+    pipeline: Annotated[
+        Literal["ddpm", "ddim", "unclip"] | None, typer.Option(help="Which pipeline; the task's first if left out.")
+    ] = None,
+    checkpoint: Annotated[
+        str, typer.Option(metavar="latest|best|STEP", help="Which checkpoint of the run; best by validation loss.")
+    ] = "latest",
 ) -> None:
     """Write a diffusers pipeline, load it again and compare."""
     from eclosion.exporting import export
 
-    print(f"Pipeline: {export(run, out, pipeline=pipeline)}")
+    print(f"Pipeline: {export(run, out, pipeline=pipeline, checkpoint=checkpoint)}")
+
+
+@app.command("import")
+def import_(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="CHECKPOINT.pth... OUT", help="What DALLE2-pytorch saved, and the run folder."),
+    ],
+    config: Annotated[
+        Path | None, typer.Option(help="The JSON file it was trained with; the one in the checkpoint if not given.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Such as train.batch_size=32; repeatable.")
+    ] = None,
+    compat: Annotated[bool, typer.Option(help="Give the original's numbers also where they were wrong.")] = True,
+    lenient: Lenient = False,
+) -> None:
+    """Make a run folder from decoder checkpoints of DALLE2-pytorch, to train on, sample from and export."""
+    from eclosion.importing import import_checkpoint
+
+    *checkpoints, out = paths
+    made = import_checkpoint(checkpoints, out, config=config, overrides=settings or [], compat=compat, lenient=lenient)
+    for note in made.notes:
+        _to_stderr(f"note: {note}")
+    print(f"{len(made.networks)} networks at step {made.step}: {made.folder}")
 
 
 @data_app.command("show")
@@ -303,6 +392,50 @@ def shard(
     print(f"{written.num_samples:,} samples in {written.num_shards:,} shards: {written.folder}")
     for reason, count in written.skipped.items():
         print(f"left out: {count:,} {reason}")
+
+
+@app.command()
+def embed(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A config, a folder of images, shards such as a/{}.tar, or a name.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    overrides: Overrides = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="A name, with options as in clip,model=ViT-B/32; or a YAML file; else the config's."),
+    ] = None,
+    rows_per_array: Annotated[int, typer.Option(min=1, help="Rows in each array, if the source is no shards.")] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that go through the encoder at once.")] = 64,
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = "auto",
+    max_bad_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the samples that may be left without embedding.")
+    ] = 0.0,
+    num_workers: Annotated[int, typer.Option(min=1, help="Threads that read and resize images.")] = 2,
+    allow_pipe: AllowPipe = False,
+) -> None:
+    """Write the embedding of every image, in arrays that shards pair with. Interrupted, it goes on where it was."""
+    from eclosion.cli.terminal import counting_bar
+    from eclosion.inspection.named_source import encoder_of, source_or_shards
+    from eclosion.sharding.embedding import embed
+
+    with _pipes(allow_pipe), counting_bar("embedding") as on_image:
+        written = embed(
+            source_or_shards(source, overrides or []),
+            out,
+            encoder=encoder_of(encoder, source, overrides or []),
+            rows_per_array=rows_per_array,
+            batch_size=batch_size,
+            device=device,
+            max_bad_fraction=max_bad_fraction,
+            num_workers=num_workers,
+            on_image=on_image,
+        )
+    rows = f"{written.num_rows:,} rows in {written.num_arrays:,} arrays"
+    print(f"{written.num_embedded:,} embeddings of {written.dim:,} numbers, {rows}: {written.folder}")
+    print(f"mean length {written.mean_norm:.4g}; encoder {written.fingerprint}")
+    for reason, count in written.skipped.items():
+        print(f"without embedding: {count:,} {reason}")
 
 
 @app.command()

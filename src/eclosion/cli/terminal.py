@@ -102,7 +102,8 @@ def _networks(check: "Check") -> Table:
     for net in check.networks:
         for block, size in net.blocks.items():
             _row(table, net.name, block, f"{size:,}")
-        _row(table, net.name, "total, trained" if net.trained else "total, frozen", f"{net.parameters:,}")
+        rate = f" at {net.learning_rate:g}" if len(check.networks) > 1 else ""  # each may have its own
+        _row(table, net.name, f"total, trained{rate}" if net.trained else "total, frozen", f"{net.parameters:,}")
     return table
 
 
@@ -112,6 +113,8 @@ def _facts(check: "Check") -> Iterator[tuple[str, str]]:
         yield "images", f"{data.num_samples:,}"
         yield "classes", f"{len(data.class_names)}: {_listed(data.class_names)}" if data.class_names else "none"
         yield "captions", "yes" if data.has_captions else "none"
+    if check.validation:
+        yield "validation", f"{check.validation.num_samples:,} images"
     if check.plan:
         plan = check.plan
         yield "steps", f"{plan.num_steps:,}, {plan.steps_per_epoch:,.4g} in an epoch"
@@ -194,17 +197,19 @@ def print_diagnosis(diagnosis: "Diagnosis") -> None:
 
 
 @contextmanager
-def sampling_bar(num_images: int, batch_size: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar over the network calls of all batches; what it gives is `on_step`. Nothing where there is no terminal."""
+def sampling_bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar over the calls of the network at work, from the start again for each batch and network of a cascade.
+
+    What it gives is `on_step`. Nothing where there is no terminal.
+    """
     from rich.progress import Progress  # only one command needs it
 
-    batches = math.ceil(num_images / batch_size)
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("sampling", total=None)
 
         def on_step(step: int, steps: int) -> None:
-            progress.update(task, total=batches * steps, advance=1)
+            progress.update(task, total=steps, completed=step + 1)
 
         yield on_step
 

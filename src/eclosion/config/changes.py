@@ -4,12 +4,14 @@ Identity keys decide what the run is: other values make it another run. Schedule
 it goes on: a change is the user's word, and is recorded. All other keys are free.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from eclosion.config.load import leaves
+from eclosion.config.load import leaves, validate
 from eclosion.errors import ConfigError
+from eclosion.registry import dump
 
 __all__ = ["Change", "compare", "kind_of", "refuse"]
 
@@ -47,7 +49,10 @@ FREE = (
     "export",
     "data.num_threads",
     "data.source.cache_limit_gb",
+    "data.source.validation_split",
     "data.cache_gb",
+    "task.encoder.cache_gb",
+    "task.unets.sampler",
     "train.micro_batch_size",
     "train.gradient_checkpointing",
     "train.channels_last",
@@ -56,6 +61,7 @@ FREE = (
     "train.parallel",
     "train.deterministic",
     "sample",
+    "validate",
     "checkpoint",
     "track",
 )
@@ -67,8 +73,10 @@ Kind = Literal["identity", "schedule", "free"]
 def kind_of(path: str) -> Kind:
     """Which of the three classes a key belongs to; a key that stands in none is an identity key."""
 
+    key = re.sub(r"\[\d+\]", "", path)  # whichever of a list it is
+
     def under(prefixes: tuple[str, ...]) -> bool:
-        return any(path == prefix or path.startswith(f"{prefix}.") for prefix in prefixes)
+        return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
 
     return "schedule" if under(SCHEDULE) else "free" if under(FREE) else "identity"
 
@@ -96,9 +104,21 @@ class Change:
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
-    """All keys whose values differ between two native configs, in the order of their names."""
-    old, new = dict(leaves(before)), dict(leaves(after))
+    """All keys whose values differ between two native configs, in the order of their names.
+
+    A key that an older version did not have yet had the value that is its default now.
+    """
+    old, new = dict(leaves(_completed(before))), dict(leaves(after))
     return [Change(p, old.get(p), new.get(p)) for p in sorted(old.keys() | new.keys()) if old.get(p) != new.get(p)]
+
+
+def _completed(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config with the keys that it lacks; as it is, if it does not describe a run any more."""
+    try:
+        completed: Mapping[str, Any] = dump(validate(tree))
+    except ConfigError:
+        return tree
+    return completed
 
 
 def refuse(changes: Sequence[Change], *, accept: bool, where: str) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 __all__ = ["Dialect", "Translation"]
 
@@ -20,14 +20,22 @@ class Translation:
     notes: tuple[str, ...] = ()
 
 
+class Translate(Protocol):
+    """Settings in native words."""
+
+    def __call__(self, settings: Mapping[str, Any], *, lenient: bool = False) -> Translation:
+        """The same settings; unknown keys are left out with a note if `lenient`. Raises ConfigError."""
+        ...
+
+
 @dataclass(frozen=True)
 class Dialect:
     """How to recognise and translate the configs of another program.
 
     Attributes:
         recognises: whether a mapping of settings is written in this dialect.
-        translate: the same settings in native words; raises ConfigError.
+        translate: the same settings in native words.
     """
 
     recognises: Callable[[Mapping[str, Any]], bool]
-    translate: Callable[[Mapping[str, Any]], Translation]
+    translate: Translate

@@ -2,29 +2,33 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, get_args
+from collections.abc import Iterator, Mapping, Sequence
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
 from eclosion.errors import ConfigError, did_you_mean
 from eclosion.registry import dump, part_of, resolve, type_name
 
-__all__ = ["checked"]
+__all__ = ["checked", "left_out", "without_unknown"]
 
 T = TypeVar("T")
 
 Path = Sequence[str | int]
 # What pydantic calls an option that must be given and is not.
 MISSING = ("missing", "missing_keyword_only_argument")
+# What it calls one that there is not.
+UNKNOWN = ("unexpected_keyword_argument", "invalid_key")
 
 
-def checked(cls: type[T], tree: Mapping[str, Any]) -> T:
+def checked(cls: type[T], tree: Mapping[str, Any], *, strict: bool = True) -> T:
     """What a tree of settings describes.
 
     Args:
         cls: a part or a section, such as `RunConfig`.
         tree: its options.
+        strict: whether "4" is refused for 4, and 1 for true; some other programs take them.
 
     Raises:
         ConfigError: with every problem, one line each.
@@ -33,9 +37,51 @@ def checked(cls: type[T], tree: Mapping[str, Any]) -> T:
         made = TypeAdapter(cls).validate_python(dict(tree))
     except ValidationError as error:
         raise ConfigError(_problems(error, tree, cls)) from error
-    if wrong := _misread(made, tree):
+    if strict and (wrong := _misread(made, tree)):
         raise ConfigError(wrong)
     return made
+
+
+def without_unknown(cls: type[Any], tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A tree of settings without the keys that are no options, and what would be said of each.
+
+    Args:
+        cls: what the tree should describe; whatever else is wrong with it stays.
+        tree: settings, left as they are.
+    """
+    kept, said = _copied(tree), list[str]()
+    while found := list(_unknown(cls, kept)):  # behind one there may be others, as in a part whose name was wrong
+        for path, problem in found:
+            said.append(problem)
+            above = kept
+            for key in path[:-1]:
+                above = above[key]
+            del above[path[-1]]
+    return kept, said
+
+
+def left_out(unknown: Sequence[str]) -> list[str]:
+    """The notes about unknown keys that were left out, from what `without_unknown` said."""
+    return [f"{problem} It is left out." for problem in unknown]
+
+
+def _unknown(cls: type[Any], tree: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Path of each key that is no option, and what there is to say."""
+    try:
+        TypeAdapter(cls).validate_python(dict(tree))
+    except ValidationError as error:
+        paths = set[tuple[str | int, ...]]()
+        for problem in error.errors(include_url=False):
+            path = _inside(problem["loc"], tree)
+            if problem["type"] in UNKNOWN and path[-1:] == problem["loc"][-1:] and path not in paths:
+                paths.add(path)
+                yield path, _explain(path, problem, tree, cls)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _problems(error: ValidationError, tree: Mapping[str, Any], root: type[Any]) -> list[str]:
@@ -88,7 +134,7 @@ def _holds(tree: Any, key: str | int) -> bool:
 
 def _explain(path: tuple[str | int, ...], problem: Any, tree: Mapping[str, Any], root: type[Any]) -> str:
     kind = problem["type"]
-    if kind in ("unexpected_keyword_argument", "invalid_key"):
+    if kind in UNKNOWN:
         return f"{_dotted(path)} is not an option{_options_above(path, tree, root)}"
     if kind in MISSING:
         return f"{_dotted(path)} is required."
@@ -114,7 +160,8 @@ def _shown(value: Any) -> str:
 
 
 def _dotted(path: Path) -> str:
-    return ".".join(map(str, path)) or "config"
+    text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
+    return text.removeprefix(".") or "config"
 
 
 def _options_above(path: Path, tree: Mapping[str, Any], root: type[Any]) -> str:
@@ -131,16 +178,30 @@ def _options_above(path: Path, tree: Mapping[str, Any], root: type[Any]) -> str:
 
 
 def _annotation_at(path: Path, tree: Any, root: type[Any]) -> Any:
-    """The annotation of the field, or of the list item, that a path leads to."""
+    """The annotation of the field, of the list item, or of the value in a mapping, that a path leads to."""
     annotation: Any = root
     for key in path:
-        if isinstance(key, int):
-            items = get_args(annotation)
+        if get_origin(annotation) is Annotated and not part_of(annotation):  # a list with bounds
+            annotation = get_args(annotation)[0]
+        items = get_args(annotation)
+        if get_origin(annotation) is dict:
+            annotation = items[1]
+        elif isinstance(key, int):
             annotation = items[min(key, len(items) - 1)]
         else:
             annotation = {f.name: f.type for f in dataclasses.fields(_class_of(annotation, tree))}[key]
+        annotation = _without_none(annotation)
         tree = tree[key]
     return annotation
+
+
+def _without_none(annotation: Any) -> Any:
+    """The part or the section that an annotation allows besides none; others stay as they are."""
+    choices = [choice for choice in get_args(annotation) if choice is not type(None)]
+    if get_origin(annotation) not in (Union, UnionType) or len(choices) != 1:
+        return annotation
+    (choice,) = choices
+    return choice if part_of(choice) or dataclasses.is_dataclass(choice) else annotation
 
 
 def _class_of(annotation: Any, value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from eclosion.config.dialect import Dialect, Translation
-from eclosion.config.explain import checked
+from eclosion.config.explain import checked, left_out, without_unknown
 from eclosion.registry import part
 
 __all__ = ["DIALECT", "TutorialConfig"]
@@ -68,13 +68,18 @@ def recognises(settings: Mapping[str, Any]) -> bool:
     return len(SIGNS & set(settings)) >= 2 and not {"data", "output"} & set(settings)
 
 
-def translate(settings: Mapping[str, Any]) -> Translation:
+def translate(settings: Mapping[str, Any], *, lenient: bool = False) -> Translation:
     """The tutorial's training run: its network, its preprocessing, its schedule, and a pipeline in output_dir.
+
+    Args:
+        settings: the attributes of the object.
+        lenient: whether unknown ones are left out with a note, and not refused.
 
     Raises:
         ConfigError: with every wrong setting, in the tutorial's words.
     """
-    s = checked(TutorialConfig, settings)
+    known, unknown = without_unknown(TutorialConfig, settings) if lenient else (settings, [])
+    s = checked(TutorialConfig, known)
     tree = {
         "output": str(s.output_dir),
         "overwrite": s.overwrite_output_dir,
@@ -109,7 +114,7 @@ def translate(settings: Mapping[str, Any]) -> Translation:
         "sample": {"every": f"{s.save_image_epochs} epochs", "num_images": s.eval_batch_size, "seed": s.seed},
         "checkpoint": {"every": f"{s.save_model_epochs} epochs"},
     }
-    return Translation(tree, tuple(_notes(s)))
+    return Translation(tree, (*left_out(unknown), *_notes(s)))
 
 
 def _source(dataset_name: str | Path | None) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The native config as a JSON Schema, for editors that complete and check YAML and JSON."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, get_args
 
 from pydantic import TypeAdapter
 
@@ -30,11 +31,19 @@ def _schema_of(cls: Any) -> dict[str, Any]:
     """The schema of a section or a part, its options described by the comments above its fields."""
     schema = TypeAdapter(cls).json_schema()
     _add_descriptions(schema, cls)
-    for field in dataclasses.fields(cls):
-        name = getattr(field.type, "__name__", "")
-        if name in schema.get("$defs", {}):
-            _add_descriptions(schema["$defs"][name], field.type)
+    for inside in _sections_in(cls):
+        if inside.__name__ in schema.get("$defs", {}):
+            _add_descriptions(schema["$defs"][inside.__name__], inside)
     return schema
+
+
+def _sections_in(annotation: Any) -> Iterator[Any]:
+    """The sections in the fields of a section, in lists and mappings of such, and so on inwards."""
+    inside = (f.type for f in dataclasses.fields(annotation)) if dataclasses.is_dataclass(annotation) else ()
+    for found in (*inside, *get_args(annotation)):
+        if dataclasses.is_dataclass(found) and isinstance(found, type):
+            yield found
+        yield from _sections_in(found)
 
 
 def _add_descriptions(schema: dict[str, Any], cls: Any) -> None:

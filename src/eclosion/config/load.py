@@ -10,8 +10,8 @@ from typing import Any
 from yaml import YAMLError
 
 from eclosion.config.dialect import Dialect, Translation
-from eclosion.config.explain import checked
-from eclosion.config.overrides import apply_overrides
+from eclosion.config.explain import checked, left_out, without_unknown
+from eclosion.config.overrides import apply_overrides, read_override
 from eclosion.config.schema import RunConfig
 from eclosion.config.yaml_text import parse_yaml, yaml_problem
 from eclosion.errors import ConfigError
@@ -37,22 +37,34 @@ class LoadedConfig:
     notes: tuple[str, ...] = ()
 
 
-def load(config: object, overrides: Sequence[str] = ()) -> LoadedConfig:
+def load(config: object, overrides: Sequence[str] = (), *, lenient: bool = False) -> LoadedConfig:
     """A checked config from a file, a mapping, a foreign object or a `RunConfig`.
 
     Args:
         config: path of a YAML, JSON or TOML file; or a mapping; or an object of a known dialect.
         overrides: texts such as "train.batch_size=32", in native words.
+        lenient: whether keys that are unknown are left out with a note, and not refused.
 
     Raises:
         ConfigError: with every problem found, one line each.
     """
-    name, translation = translated(config)
-    run = validate(apply_overrides(translation.tree, overrides))
-    return LoadedConfig(run, dict(_origins(run, translation.tree, name, overrides)), translation.notes)
+    try:
+        return _loaded(config, overrides, lenient=lenient)
+    except RecursionError as error:
+        raise ConfigError("config: is nested deeper than any config is.") from error
 
 
-def translated(config: object) -> tuple[str, Translation]:
+def _loaded(config: object, overrides: Sequence[str], *, lenient: bool) -> LoadedConfig:
+    name, translation = translated(config, lenient=lenient)
+    tree, unknown = apply_overrides(translation.tree, overrides), list[str]()
+    if lenient:
+        tree, unknown = without_unknown(RunConfig, tree)
+    run = validate(tree)
+    notes = (*left_out(unknown), *translation.notes)
+    return LoadedConfig(run, dict(_origins(run, translation.tree, name, overrides)), notes)
+
+
+def translated(config: object, *, lenient: bool = False) -> tuple[str, Translation]:
     """A config in native words, not checked yet, and where they are from: "config", or the name of a dialect."""
     if isinstance(config, RunConfig):
         raw: Mapping[str, Any] = dump(config)
@@ -63,7 +75,7 @@ def translated(config: object) -> tuple[str, Translation]:
     for name in DIALECTS:
         dialect: Dialect = resolve("dialects", name)  # type: ignore[assignment]
         if dialect.recognises(raw):
-            return name, dialect.translate(raw)
+            return name, dialect.translate(raw, lenient=lenient)
     return "config", Translation({str(key): value for key, value in raw.items()})
 
 
@@ -119,16 +131,23 @@ def validate(tree: Mapping[str, Any]) -> RunConfig:
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of a config tree with its dotted path; lists and empty mappings are values."""
+    """Every value of a config tree with its path, such as "task.unets[0].image_size".
+
+    Empty mappings are values, and so are lists, except those of mappings.
+    """
     if isinstance(tree, Mapping) and tree:
         for key, value in tree.items():
             yield from leaves(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(tree, list | tuple) and tree and all(isinstance(item, Mapping) for item in tree):
+        for i, item in enumerate(tree):
+            yield from leaves(item, f"{path}[{i}]")
     else:
         yield path, tree
 
 
 def _origins(run: RunConfig, tree: Mapping[str, Any], name: str, overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
-    written = {"override": dict(leaves(apply_overrides({}, overrides))), name: dict(leaves(tree))}
+    overridden = {path: value for text in overrides for path, value in leaves(*reversed(read_override(text)))}
+    written = {"override": overridden, name: dict(leaves(tree))}
     for path, _ in leaves(dump(run)):
         yield path, next((origin for origin, given in written.items() if _decides(path, given)), "default")
 
@@ -137,4 +156,6 @@ def _decides(path: str, given: Mapping[str, Any]) -> bool:
     """Whether a value was written at a path, or a mapping that is one value; a part's bare name is not its options."""
     above, _, last = path.rpartition(".")
     inside = any(key.startswith(f"{path}.") for key in given)
-    return path in given or inside or (last == "name" and above in given)
+    of, bracket, _ = path.partition("[")  # a list, that was written as names or as a mapping
+    listed = bool(bracket) and (of in given or any(key.startswith(f"{of}.") for key in given))
+    return path in given or inside or listed or (last == "name" and above in given)

@@ -6,7 +6,7 @@ The comment above a field is that option's entry in the reference.
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
@@ -17,11 +17,13 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "EmaConfig",
+    "NetworkOptimizer",
     "OptimizerConfig",
     "RunConfig",
     "SampleConfig",
     "TrackConfig",
     "TrainConfig",
+    "ValidateConfig",
     "last_step",
     "steps_in",
 ]
@@ -86,6 +88,7 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Guidance = Annotated[float, Field(ge=0)]
 
 
 def _steps_of(value: object) -> object:
@@ -190,6 +193,20 @@ class DataConfig:
 
 
 @part
+class NetworkOptimizer:
+    """What differs for one network; an option that is none is as for all of them."""
+
+    # Learning rate after warm-up.
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    # Decoupled weight decay.
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    # Steps over which the learning rate rises from 0.
+    lr_warmup_steps: NonNegative | None = None
+    # Gradients are scaled so that their norm is at most this; "off" leaves them.
+    max_grad_norm: Annotated[float, Field(gt=0)] | Literal["off"] | None = None
+
+
+@part
 class OptimizerConfig:
     """AdamW and its learning rate over time."""
 
@@ -201,10 +218,22 @@ class OptimizerConfig:
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     # Decoupled weight decay.
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    # Which parameters it shrinks: all, or "matrices", those of two and more dimensions, which leaves out biases and the
+    # gains of norms.
+    decay: Literal["all", "matrices"] = "all"
     # Shape of the learning rate after warm-up; linear and cosine end at 0 on the last step.
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     # Steps over which the learning rate rises from 0.
     lr_warmup_steps: NonNegative = 0
+    # What differs for single networks: a mapping from a network's name to its learning_rate, weight_decay,
+    # lr_warmup_steps and max_grad_norm, each of which may be left out.
+    networks: dict[str, NetworkOptimizer] = field(default_factory=dict)
+
+    def of_network(self, name: str) -> "OptimizerConfig":
+        """The options for one network: those of all, and what differs for it."""
+        own = self.networks.get(name, NetworkOptimizer())
+        options = ("learning_rate", "weight_decay", "lr_warmup_steps")
+        return replace(self, **{key: value for key in options if (value := getattr(own, key)) is not None})
 
 
 @part
@@ -257,10 +286,23 @@ class SampleConfig:
     num_images: NonNegative = 16
     # The algorithm that removes noise.
     sampler: Annotated[Any, PartOf("samplers", "dpm_solver")] = "dpm_solver"
-    # How strongly images follow their condition; 1 is off.
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    # How strongly images follow their condition; 1 is off. A list has one number for each network.
+    guidance_scale: Guidance | list[Guidance] = 1.0
     # Image i of every grid starts from noise that depends on this and i alone.
     seed: NonNegative = 0
+
+
+@part
+class ValidateConfig:
+    """The loss on images that are not trained on, with the averaged networks and the same noise each time."""
+
+    # How often: "1000 steps", "100000 samples" or "1 epochs"; also before the first and after the last step. None is
+    # off.
+    every: Duration | None = None
+    # How many images, from the first in the order of the source; none takes all.
+    num_samples: Positive | None = None
+    # Where the images come from; none takes the validation part of data.source.
+    source: Annotated[Any, PartOf("sources")] | None = None
 
 
 @part
@@ -273,6 +315,8 @@ class CheckpointConfig:
     keep_last: Annotated[int, Field(ge=2)] = 2
     # Checkpoints whose step is a multiple of this are kept for good.
     keep_every: Positive | None = None
+    # Whether the checkpoint with the lowest validation loss is written and kept as well.
+    keep_best: bool = True
 
 
 @part
@@ -296,8 +340,9 @@ class RunConfig:
     # Whether a finished or different run in the folder is replaced; an unfinished run of this config is always
     # continued.
     overwrite: bool = False
-    # The diffusers pipeline written into the folder when training is done.
-    export: Literal["no", "ddpm", "ddim"] = "no"
+    # The diffusers pipeline written into the folder when training is done: "ddpm" or "ddim" for one network, "unclip"
+    # for a cascade.
+    export: Literal["no", "ddpm", "ddim", "unclip"] = "no"
     # What is trained: networks, noise and loss.
     task: Annotated[Any, PartOf("tasks", "unconditional")] = "unconditional"
     # Everything random in a run follows from this number.
@@ -310,7 +355,15 @@ class RunConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     # Pictures made along the way.
     sample: SampleConfig = field(default_factory=SampleConfig)
+    # The loss on images that are not trained on.
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
     # When the state is written.
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     # Where numbers go.
     track: TrackConfig = field(default_factory=TrackConfig)
+
+    def max_grad_norm_of(self, network: str) -> float | None:
+        """The limit of a network's gradient norm: its own, or that of all; None leaves gradients as they are."""
+        own = self.optimizer.networks.get(network, NetworkOptimizer()).max_grad_norm
+        limit = self.train.max_grad_norm if own is None else own
+        return None if limit == "off" else limit

@@ -1,7 +1,7 @@
 """Hugging Face data sets: from the hub, or from files on disk."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 from huggingface_hub.errors import HfHubHTTPError
 
 from eclosion.data.images import read_file
-from eclosion.data.source import Sample
+from eclosion.data.source import Sample, Split
 from eclosion.errors import BadSample, ConfigError, DataError, did_you_mean
 from eclosion.registry import part
 
@@ -38,6 +38,8 @@ class HuggingFaceSource:
     config_name: str | None = None
     # Which part of the data set.
     split: str = "train"
+    # The part that `validate` looks at, such as "validation"; none means that there is none.
+    validation_split: str | None = None
     # Column that holds the images; none takes the one column of type Image.
     image_column: str | None = None
     # Column that holds the captions; none means no captions.
@@ -46,6 +48,12 @@ class HuggingFaceSource:
     label_column: str | None = None
     # Branch, tag or commit on the hub; none takes the newest.
     revision: str | None = None
+
+    def of_split(self, split: Split) -> "HuggingFaceSource | None":
+        """The same data set with another part of it; None if no such part is named."""
+        if split == "val" and self.validation_split is not None:
+            return replace(self, split=self.validation_split)
+        return self if split == "train" else None
 
     def open(self) -> "HuggingFaceSamples":
         """Find the rows without decoding images.

@@ -15,30 +15,45 @@ Profiles    colour profiles are not applied: numbers are taken as sRGB.
 Scale       who needs less than half of a JPEG's height and width may have it decoded at 1/2, 1/4 or 1/8 of them: each
             block of the file then gives fewer pixels, which are about the means of what it would have given. Where a
             side is no multiple of that, the last row or column reaches over the edge; `extent` says how far.
+Libraries   Pillow; for plain JPEG files simplejpeg, if it is installed (`pip install "eclosion[jpeg]"`) and gives the
+            pixels that Pillow gives on this machine. Nothing of what is read depends on whether it is there.
 """
 
 import re
 import warnings
-from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 # named, so that Pillow does not import the plugins of forty other formats when it first meets a WebP file
 from PIL import ExifTags, Image, ImageChops, ImageOps, JpegImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
+from eclosion.data import jpeg
+from eclosion.data.jpeg import AtLeast
 from eclosion.errors import BadSample
 
-__all__ = ["FORMATS", "MAX_PIXELS", "SUFFIXES", "AtLeast", "decode", "extent", "read_file", "to_rgb"]
+__all__ = [
+    "FORMATS",
+    "MAX_PIXELS",
+    "SUFFIXES",
+    "AtLeast",
+    "Picture",
+    "decode",
+    "decode_rgb",
+    "extent",
+    "read_file",
+    "to_rgb",
+]
 
 FORMATS = ("JPEG", "PNG", WebPImagePlugin.WebPImageFile.format, "GIF", "BMP")
 # In lower case; files may spell them in any.
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
 # 9459 x 9459 pixels
 MAX_PIXELS = 89_478_485
-# From the height and width of an upright picture to those below which it must not be decoded.
-AtLeast = Callable[[tuple[int, int]], tuple[int, int]]
+# What is not yet the size at which it is used: in any of Pillow's modes, or uint8 [height, width, 3], RGB.
+Picture = Image.Image | NDArray[np.uint8]
 # Orientation in EXIF -> where the right and the bottom edge of the stored picture are when it is upright.
 EDGES = {
     1: ("right", "bottom"),
@@ -107,8 +122,26 @@ def decode(data: bytes | Path, name: str, *, at_least: AtLeast | None = None) ->
         raise _broken(name, raw, error) from error
 
 
+def decode_rgb(raw: bytes, name: str, *, at_least: AtLeast | None = None) -> Picture:
+    """As `decode`, for who wants RGB: the same pixels, but a plain JPEG's without Pillow where that is possible.
+
+    Args:
+        raw: the content of the file.
+        name: as for `decode`.
+        at_least: as for `decode`.
+
+    Returns:
+        uint8 [height, width, 3], or what `decode` gives.
+
+    Raises:
+        BadSample: as `decode`.
+    """
+    pixels = jpeg.decode(raw, max_pixels=MAX_PIXELS, at_least=at_least)
+    return decode(raw, name, at_least=at_least) if pixels is None else pixels
+
+
 def to_rgb(image: Image.Image, background: str | tuple[int, int, int] = "white", *, name: str = "image") -> Image.Image:
-    """The picture in mode RGB, by the rules at the top of this file.
+    """The picture in mode RGB, by the rules at the top of this file; itself if there is nothing to do.
 
     Args:
         image: a picture in any of Pillow's modes.
@@ -126,7 +159,9 @@ def to_rgb(image: Image.Image, background: str | tuple[int, int, int] = "white",
     if image.has_transparency_data or image.mode in {"RGBA", "LA", "PA"}:
         image = image.convert("RGBA")
         return _flatten(image.convert("RGB"), image.getchannel("A"), background)
-    if image.mode in {"RGB", "L", "1", "P", "RGBX", "CMYK", "YCbCr", "HSV"}:
+    if image.mode == "RGB":
+        return image
+    if image.mode in {"L", "1", "P", "RGBX", "CMYK", "YCbCr", "HSV"}:
         return image.convert("RGB")
     raise BadSample(name, "mode", f"is in Pillow's mode {image.mode!r}, whose range is not known. Convert it to RGB.")
 
@@ -196,7 +231,7 @@ def _scale_down(image: JpegImagePlugin.JpegImageFile, at_least: AtLeast) -> dict
     if turned:
         height, width = width, height
     drafted = None
-    if image.width >= 2 * width and image.height >= 2 * height:
+    if jpeg.scale_of((image.height, image.width), (height, width)) > 1:
         drafted = image.draft(None, (width, height))  # None keeps the colours of the file
     if drafted is None:
         return {}
@@ -221,6 +256,8 @@ def _adobe(image: Image.Image) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:  # most are, and need no copy
+            return image
         return ImageOps.exif_transpose(image)
     except Exception:  # noqa: BLE001 - an EXIF block can be broken in any way, and the pixels be whole
         return image

@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import count, islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +17,11 @@ from torch import Tensor
 
 from eclosion.config.schema import DataConfig
 from eclosion.data.batch import Batch, Skip
-from eclosion.data.images import decode
+from eclosion.data.images import decode_rgb
 from eclosion.data.ledger import NOT_BAD, Shards, left_out_of_budget, over_budget
 from eclosion.data.order import Order
-from eclosion.data.source import KeyedSamples, Sample, Samples, ShardedSamples
-from eclosion.data.transforms import Pixels, to_float, transform_of
+from eclosion.data.source import KeyedSamples, NeighbouringSamples, Sample, Samples, ShardedSamples, array_shapes
+from eclosion.data.transforms import Pixels, scale, transform_of
 from eclosion.errors import BadSample, ConfigError, DataError, UserError
 from eclosion.rng import generator, integer_seed
 
@@ -28,7 +29,7 @@ __all__ = ["Loader"]
 
 # Steps that are got ready while the network works on one.
 STEPS_AHEAD = 3
-# Images that one thread reads in one go: few, so that one batch keeps all threads busy and a stop is seen soon.
+# Images that one thread reads in one go: few, so that one batch keeps all threads busy.
 CHUNK = 16
 # How long threads are waited for when reading ends.
 CLOSE_SECONDS = 5.0
@@ -36,15 +37,15 @@ CLOSE_SECONDS = 5.0
 MAX_BEGUN = 4096
 
 
-@dataclass(frozen=True)
-class _Ready:
-    """A sample after the part of the transforms that is the same each time."""
+class _Ready(NamedTuple):
+    """A sample after the part of the transforms that is the same each time; or one that no transform touches."""
 
     name: str
-    image: Pixels | Tensor
+    image: Pixels
     caption: str
     label: int
-    arrays: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    arrays: Mapping[str, NDArray[np.float32]]
+    is_final: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -75,9 +76,7 @@ class _Rows:
 # Starts a task now or in a thread; what it returns waits for the result.
 _Submit = Callable[..., Callable[[], _Chunk]]
 # Stands in the place of a sample that cannot be read.
-NOTHING = _Ready("", torch.zeros(3, 1, 1), "", 0)
-# Stands in the place of pixels that are not used.
-BLANK = np.zeros((3, 1, 1), np.uint8)
+NOTHING = _Ready("", np.zeros((3, 1, 1), np.float32), "", 0, {})
 
 
 class Loader:
@@ -124,6 +123,7 @@ class Loader:
         self.order = _order(samples, self._sharded, config, seed)
         self.transform = transform_of(config)
         self._keyed = samples if isinstance(samples, KeyedSamples) else None
+        self._neighbouring = samples if isinstance(samples, NeighbouringSamples) else None
         # what a random reading gave once must not be given again
         self._cache = _Cache(0 if self._keyed else int(config.cache_gb * 2**30))
 
@@ -196,7 +196,7 @@ class Loader:
 
     def _start(self, positions: Sequence[int], submit: _Submit) -> Callable[[], Batch]:
         """Begin to read a batch; the result waits for it, and raises what its reading raised."""
-        shapes = self._sharded.array_shapes if self._sharded else {}
+        shapes = array_shapes(self.samples)
         rows = _Rows(
             np.empty((len(positions), 3, *self.config.size), np.float32),
             {name: np.zeros((len(positions), *shape), np.float32) for name, shape in shapes.items()},
@@ -218,43 +218,45 @@ class Loader:
     def _fill(self, out: _Rows, positions: Sequence[int], stopped: Callable[[], bool]) -> _Chunk:
         """Read some images into their rows of a batch; runs in any thread."""
         chunk = _Chunk()
-        pixels: list[Pixels] = []
-        as_they_are: dict[int, Tensor] = {}
-        for position, index in zip(positions, self.order.indices(positions).tolist(), strict=True):
+        eight_bit: list[int] = []
+        indices = self.order.indices(positions).tolist()
+        together = self._read_together(indices)
+        for row, (position, index) in enumerate(zip(positions, indices, strict=True)):
             if stopped():
                 return chunk
             try:
-                ready = self._ready(index, position)
-                here = self._augmented(ready, position)
+                ready = self._ready(index, position, together)
+                pixels = self._augmented(ready, position)
                 chunk.weights.append(1.0)
             except BadSample as error:
-                ready, here = NOTHING, NOTHING.image
+                ready, pixels = NOTHING, NOTHING.image
                 chunk.weights.append(0.0)
                 chunk.skipped.append(_skip(position, error))
-            if isinstance(here, Tensor):
-                as_they_are[len(pixels)] = here
-                pixels.append(BLANK)
-            else:
-                pixels.append(here)
+            out.image[row] = pixels  # now, while they are near
+            if pixels.dtype == np.uint8:
+                eight_bit.append(row)
             for name, array in ready.arrays.items():
-                out.arrays[name][len(chunk.labels)] = array
+                out.arrays[name][row] = array
             chunk.captions.append(ready.caption)
             chunk.labels.append(ready.label)
-        to_float(pixels, out.image)
-        for row, image in as_they_are.items():
-            out.image[row] = image.numpy()
+        scale(out.image, eight_bit)
         return chunk
 
-    def _augmented(self, ready: _Ready, position: int) -> Pixels | Tensor:
-        if isinstance(ready.image, Tensor) or not self.transform.is_random:
+    def _augmented(self, ready: _Ready, position: int) -> Pixels:
+        if ready.is_final or not self.transform.is_random:
             return ready.image
         return self.transform.augment(ready.image, generator(self.seed, "augment", position), ready.name)
 
-    def _ready(self, index: int, position: int) -> _Ready:
+    def _read_together(self, indices: Sequence[int]) -> Mapping[int, Sample]:
+        """What can be had at less cost now than one by one later."""
+        missing = [index for index in indices if self._cache.get(index) is None]
+        return self._neighbouring.read_together(missing) if self._neighbouring and missing else {}
+
+    def _ready(self, index: int, position: int, together: Mapping[int, Sample]) -> _Ready:
         ready = self._cache.get(index)
         if ready is None:
             try:
-                ready = self._prepare(self._read(index, position))
+                ready = self._prepare(together.get(index) or self._read(index, position))
             except UserError:
                 raise
             except Exception as error:
@@ -272,17 +274,17 @@ class Loader:
 
     def _prepare(self, sample: Sample) -> _Ready:
         image, caption, label = sample.image, sample.caption or "", sample.label or 0
-        if isinstance(image, bytes):
-            image = decode(image, sample.name, at_least=self.transform.at_least)
         if not isinstance(image, Tensor):
-            return _Ready(sample.name, self.transform.prepare(image, sample.name), caption, label, sample.arrays)
+            at_least = self.transform.at_least
+            picture = decode_rgb(image, sample.name, at_least=at_least) if isinstance(image, bytes) else image
+            return _Ready(sample.name, self.transform.prepare(picture, sample.name), caption, label, sample.arrays)
         height, width = self.config.size
         if tuple(image.shape) != (3, height, width):
             raise DataError(
                 f"{sample.name}: is a tensor {list(image.shape)}, and data.image_size asks for [3, {height}, {width}]. "
                 "Tensors are used as they are: resize them in the data set, or set data.image_size."
             )
-        return _Ready(sample.name, _as_float(image), caption, label, sample.arrays)
+        return _Ready(sample.name, image.numpy(), caption, label, sample.arrays, is_final=True)
 
     def _check_budget(self, skipped: Sequence[Skip], bad: dict[int, int]) -> None:
         for skip in skipped:
@@ -321,10 +323,18 @@ class _Cache:
         return self._kept.get(index)
 
     def put(self, index: int, ready: _Ready) -> None:
+        if not self._free_bytes:
+            return
         with self._lock:
-            if index not in self._kept and ready.nbytes <= self._free_bytes:
-                self._free_bytes -= ready.nbytes
-                self._kept[index] = ready
+            if index in self._kept or ready.nbytes > self._free_bytes:
+                return
+            self._free_bytes -= ready.nbytes
+            # nothing of what was cropped away, and row after row, as it will be read again and again
+            self._kept[index] = ready._replace(image=_rows(ready.image))
+
+
+def _rows(image: NDArray[Any]) -> NDArray[Any]:
+    return np.ascontiguousarray(image)
 
 
 def _left_out(samples: ShardedSamples, max_bad_fraction: float) -> DataError | None:
@@ -382,14 +392,6 @@ def _split(batch_size: int, micro_batch_size: int | None, world_size: int) -> tu
 
 def _skip(position: int, error: BadSample) -> Skip:
     return Skip(position, error.name, error.reason, str(error).removeprefix(f"{error.name}: "))
-
-
-def _as_float(image: Tensor) -> Tensor:
-    if image.dtype != torch.uint8:
-        return image
-    out = torch.empty((1, *image.shape))
-    to_float([image.numpy()], out.numpy())
-    return out[0]
 
 
 def _now(task: Callable[..., _Chunk], *args: object) -> Callable[[], _Chunk]:

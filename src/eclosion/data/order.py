@@ -1,8 +1,9 @@
 """Which sample comes next: a function of the seed and the position alone."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,12 +81,7 @@ class Order:
     def indices(self, positions: Sequence[int]) -> NDArray[np.int64]:
         """The samples at some positions, int64 [len(positions)]."""
         epochs, places = np.divmod(np.asarray(positions, np.int64), self.num_samples)
-        out = np.empty_like(places)
-        for epoch in np.unique(epochs).tolist():
-            mask = epochs == epoch
-            look_up = self._mixed if self.shuffle else self._straight
-            out[mask] = look_up(epoch, places[mask])
-        return out
+        return _by_group(epochs, places, self._mixed if self.shuffle else self._straight)
 
     def shard_at(self, position: int) -> int:
         """The shard in which the sample at a position lies."""
@@ -118,13 +114,12 @@ class Order:
     def _mixed(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
         visits = self._of_epoch(epoch)
         windows = np.searchsorted(visits.ends, places, side="right") // self.window
-        out = np.empty_like(places)
-        for number in np.unique(windows).tolist():
-            mask = windows == number
-            first = number * self.window
-            start = int(visits.ends[first - 1]) if first else 0
-            out[mask] = self._window(epoch, number, visits)[places[mask] - start]
-        return out
+        return _by_group(windows, places, partial(self._inside, epoch, visits))
+
+    def _inside(self, epoch: int, visits: _Visits, number: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        first = number * self.window
+        start = int(visits.ends[first - 1]) if first else 0
+        return self._window(epoch, number, visits)[places - start].astype(np.int64, copy=False)
 
     def _of_epoch(self, epoch: int) -> _Visits:
         with self._lock:
@@ -166,3 +161,16 @@ class Order:
         where = (epoch,) if len(self._sizes) == 1 else (epoch, number)
         generator(self.seed, "order", *where).shuffle(order)
         return order
+
+
+def _by_group(
+    groups: NDArray[np.int64], places: NDArray[np.int64], look_up: Callable[[int, NDArray[np.int64]], NDArray[np.int64]]
+) -> NDArray[np.int64]:
+    """What `look_up` says of the places of each group; nearly always there is one."""
+    if len(groups) and (groups == groups[0]).all():
+        return look_up(int(groups[0]), places)
+    out = np.empty_like(places)
+    for group in np.unique(groups).tolist():
+        mask = groups == group
+        out[mask] = look_up(group, places[mask])
+    return out

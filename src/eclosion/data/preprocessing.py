@@ -28,7 +28,7 @@ from torchvision import transforms as tv
 from torchvision.transforms import InterpolationMode
 
 from eclosion.config.schema import DataConfig
-from eclosion.data.images import extent, to_rgb
+from eclosion.data.images import Picture, extent, to_rgb
 from eclosion.data.transforms import Pixels, background_of, check_pixels
 from eclosion.errors import BadSample, ConfigError, DataError, UserError, did_you_mean
 from eclosion.rng import Generator, generator
@@ -165,7 +165,7 @@ class Preprocessing:
         zoom = max(2 * target / side for target, side in zip(transform.size, crop, strict=True))
         return math.ceil(zoom * size[0]), math.ceil(zoom * size[1])
 
-    def prepare(self, image: Image.Image, name: str) -> Pixels:
+    def prepare(self, image: Picture, name: str) -> Pixels:
         """The part that is the same each time.
 
         Args:
@@ -179,7 +179,8 @@ class Preprocessing:
             BadSample: reason "preprocessing" if a transform cannot be applied to a picture of its size.
             DataError: if it does not arrive at data.image_size.
         """
-        picture, steps = to_rgb(image, self.background, name=name), self.fixed
+        whole = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        picture, steps = to_rgb(whole, self.background, name=name), self.fixed
         if steps and steps[0].name == "Resize" and extent(picture) != (0, 0, *picture.size):
             picture, steps = _resize_extent(picture, steps[0].apply, name), steps[1:]
         picture = _through(steps, picture, name)

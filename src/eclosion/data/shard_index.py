@@ -109,7 +109,7 @@ class ShardIndex:
 
     def key(self, index: int) -> str:
         """The key of a sample, with its folders; bytes that are not UTF-8 as surrogates."""
-        encoded = self.key_bytes[self.key_starts[index] : self.key_ends[index]].tobytes()
+        encoded = self._all_keys[self.key_starts.item(index) : self.key_ends.item(index)]
         return encoded.decode("utf-8", "surrogateescape")
 
     def member(self, index: int, kind: str) -> str:
@@ -119,8 +119,13 @@ class ShardIndex:
             index: which sample.
             kind: one of `KINDS`; if the sample has none, its usual name is given.
         """
-        code = int(self.spellings[index, KINDS.index(kind)])
-        return short(f"{self.key(index)}.{self.suffixes[code] if code >= 0 else kind}")
+        code = self.spellings.item(index, KINDS.index(kind))
+        suffix = self.suffixes[code] if code >= 0 else kind
+        return short(f"{self.key(index)}.{suffix}")
+
+    @cached_property
+    def _all_keys(self) -> bytes:
+        return self.key_bytes.tobytes()
 
     @cached_property
     def key_starts(self) -> NDArray[np.int64]:

@@ -2,14 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 from torch import Tensor
 
-__all__ = ["KeyedSamples", "Sample", "Samples", "ShardedSamples", "Source"]
+__all__ = [
+    "DividedSource",
+    "KeyedSamples",
+    "NeighbouringSamples",
+    "Sample",
+    "Samples",
+    "ShardedSamples",
+    "Source",
+    "Split",
+    "array_shapes",
+    "part_of_data",
+]
+
+Split = Literal["train", "val", "test"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,15 @@ class Samples(Protocol):
         ...
 
 
+def array_shapes(samples: Samples) -> Mapping[str, tuple[int, ...]]:
+    """Shape of each array that every sample brings, by the names in `eclosion.data.batch.FIELDS`.
+
+    Samples tell of them in an attribute `array_shapes`; those without one bring none.
+    """
+    found: Mapping[str, tuple[int, ...]] = getattr(samples, "array_shapes", {})
+    return found
+
+
 @runtime_checkable
 class ShardedSamples(Protocol):
     """Samples that lie in shards, files of many samples each, of which few should be in use at a time.
@@ -97,6 +119,19 @@ class ShardedSamples(Protocol):
 
 
 @runtime_checkable
+class NeighbouringSamples(Protocol):
+    """Samples of which some can be read together at less cost than one after the other."""
+
+    def read_together(self, indices: Sequence[int]) -> Mapping[int, Sample]:
+        """Index -> sample, of those that can be read together at once, and are fine.
+
+        Whichever is not among them, for any reason, must be asked for by `read`, which says what is wrong with it.
+        Raises nothing that concerns a single sample.
+        """
+        ...
+
+
+@runtime_checkable
 class KeyedSamples(Protocol):
     """Samples whose reading may itself be random, such as a user's own data set with augmentation.
 
@@ -123,3 +158,22 @@ class Source(Protocol):
             DataError: if there are none.
         """
         ...
+
+
+@runtime_checkable
+class DividedSource(Protocol):
+    """A source whose samples are divided into parts: to train on, to validate with, to test with."""
+
+    def of_split(self, split: Split) -> Source | None:
+        """The source of a part of the same data; None if there is no such part."""
+        ...
+
+
+def part_of_data(source: Source, split: Split) -> Source | None:
+    """The source of a part of the data that a source belongs to; None if there is no such part.
+
+    A source that is not divided is all for training.
+    """
+    if isinstance(source, DividedSource):
+        return source.of_split(split)
+    return source if split == "train" else None

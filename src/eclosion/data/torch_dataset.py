@@ -3,15 +3,18 @@
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from hashlib import blake2b
 from numbers import Integral
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from eclosion.data.embeddings import checked_row
 from eclosion.data.source import Sample, Samples
 from eclosion.errors import BadSample, ConfigError, DataError
 from eclosion.registry import part
@@ -20,6 +23,8 @@ __all__ = ["DatasetSource", "TorchDatasetSamples"]
 
 IMAGE_KEYS = ("image", "images", "pixel_values")
 CAPTION_KEYS = ("caption", "text")
+# name of an array that an item may bring -> its layout
+ARRAYS = {"image_embed": "[dim]", "text_embed": "[dim]", "text_encodings": "[tokens, dim]"}
 # Items whose content goes into the fingerprint, and whose range of values is looked at.
 NUM_LOOKED_AT = 8
 
@@ -49,7 +54,8 @@ class TorchDatasetSamples:
     """The items of a `torch.utils.data.Dataset`, of a Hugging Face data set with its own transform, or of a list.
 
     An item is an image; or a tuple (image, label or caption); or a mapping with "image", "images" or "pixel_values",
-    and if it has them "label" and "caption" or "text". The image is one of
+    and if it has them "label", "caption" or "text", and "image_embed", "text_embed" or "text_encodings", whose shapes
+    must be those of the first item. The image is one of
 
     - a PIL image of any mode, which then goes through the transforms of the config as any other;
     - a tensor [3, H, W], or [1, H, W] for grey, used as it is, with no resize, crop or flip: uint8 in 0..255, or
@@ -85,6 +91,7 @@ class TorchDatasetSamples:
         first = self._first()
         _check_range([sample.image for sample in first if isinstance(sample.image, Tensor)])
         self.has_captions = first[0].caption is not None
+        self.array_shapes = {name: array.shape for name, array in first[0].arrays.items()}
         self.class_names = _class_names(dataset, class_names) if first[0].label is not None else ()
         if class_names and not self.class_names:
             raise DataError(f"{first[0].name}: has no label, and class_names are given. Leave them out.")
@@ -122,7 +129,12 @@ class TorchDatasetSamples:
             raise BadSample(
                 sample.name, "label", f"has label {sample.label}, and there are {len(self.class_names)} classes."
             )
-        return sample
+        for array, shape in self.array_shapes.items():
+            found = sample.arrays[array].shape if array in sample.arrays else None
+            if found != shape:
+                has = f"has {array} of shape {list(found)}" if found else f"has no {array}"
+                raise BadSample(sample.name, "embedding", f"{has}, and that of the first item is {list(shape)}.")
+        return replace(sample, arrays={name: sample.arrays[name] for name in self.array_shapes})
 
     def _item(self, index: int, seed: int) -> Sample:
         name = self.name(index)
@@ -178,13 +190,30 @@ def _sample(item: object, name: str) -> Sample:
             have = ", ".join(map(str, item)) or "nothing"
             raise DataError(f"{name}: has {have}, and none of {', '.join(IMAGE_KEYS)}. Rename the key of the image.")
         caption = next((item[key] for key in CAPTION_KEYS if key in item), None)
-        return Sample(_image(image, name), name, _text(caption, name), _label(item.get("label"), name))
+        label, arrays = _label(item.get("label"), name), {key: _array(item, key, name) for key in ARRAYS if key in item}
+        return Sample(_image(image, name), name, _text(caption, name), label, arrays)
     if isinstance(item, tuple | list) and len(item) in {1, 2}:
         image, what = item if len(item) == 2 else (item[0], None)
         if isinstance(what, str):
             return Sample(_image(image, name), name, what)
         return Sample(_image(image, name), name, label=_label(what, name))
     return Sample(_image(item, name), name)
+
+
+def _array(item: Mapping[str, Any], key: str, name: str) -> NDArray[np.float32]:
+    """An embedding of an item.
+
+    Raises:
+        BadSample: reason "no_embedding" or "not_finite".
+        DataError: if it is no array of the right number of dimensions.
+    """
+    value = item[key].detach().cpu().float().numpy() if isinstance(item[key], Tensor) else np.asarray(item[key])
+    if value.dtype.kind not in "fiu" or value.ndim != ARRAYS[key].count(",") + 1:
+        raise DataError(
+            f"{name}: {key} is an array {list(value.shape)} of {value.dtype.name}, and must be {ARRAYS[key]}, of "
+            "floating point numbers."
+        )
+    return checked_row(value, f"{name} {key}")
 
 
 def _image(image: object, name: str) -> Image.Image | Tensor:
@@ -241,6 +270,8 @@ def _fingerprint(num_items: int, first: Sequence[Sample]) -> str:
     digest = blake2b(str(num_items).encode(), digest_size=16)
     for sample in first:
         digest.update(repr((sample.caption, sample.label)).encode())
+        for name, array in sorted(sample.arrays.items()):
+            digest.update(repr((name, array.shape)).encode() + array.tobytes())
         image = sample.image
         assert not isinstance(image, bytes)  # an item is a picture
         pixels = image.numpy() if isinstance(image, Tensor) else np.asarray(image.convert("RGBA"))

@@ -8,6 +8,7 @@ Two stages. `Transform.prepare` is the same each time: colours, resize, centre c
 config asks for.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,14 +18,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
 from eclosion.config.schema import DataConfig
-from eclosion.data.images import MAX_PIXELS, extent, to_rgb
+from eclosion.data.images import MAX_PIXELS, Picture, extent, to_rgb
 from eclosion.errors import BadSample, ConfigError, MissingExtraError
 from eclosion.rng import Generator
 
 if TYPE_CHECKING:
     from eclosion.data.preprocessing import Preprocessing
 
-__all__ = ["Pixels", "Transform", "background_of", "check_pixels", "to_float", "transform_of"]
+__all__ = ["Pixels", "Transform", "background_of", "check_pixels", "scale", "to_float", "transform_of"]
 
 # [3, H, W]: uint8 0..255, or float32 in [-1, 1].
 Pixels = NDArray[np.uint8] | NDArray[np.float32]
@@ -34,6 +35,8 @@ FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+# Numbers that `to_float` goes through twice in a row, so that the second time they are still near: 512 KiB.
+NEAR = 2**17
 
 
 def transform_of(config: DataConfig) -> "Transform | Preprocessing":
@@ -113,7 +116,7 @@ class Transform:
         height, width = self.config.size
         return 2 * height, 2 * width  # both also hold for what covers the target, as it keeps the picture's shape
 
-    def prepare(self, image: Image.Image, name: str) -> Pixels:
+    def prepare(self, image: Picture, name: str) -> Pixels:
         """The part that is the same each time.
 
         Args:
@@ -121,27 +124,29 @@ class Transform:
             name: what to call it in an error.
 
         Returns:
-            uint8 [3, H, W]; of the config's image_size, or at least that if the crop is random.
+            uint8 [3, H, W]; of the config's image_size, or at least that if the crop is random. A view of rows of
+            RGB, read-only.
 
         Raises:
             BadSample: reason "too_small" if it is smaller than the crop and is not resized; "too_large" if it is so
                 long and thin that it has too many pixels where it covers the target.
         """
-        resized = self._resize(to_rgb(image, self.background, name=name), name)
+        if isinstance(image, np.ndarray) and image.shape[:2] == self.config.size:
+            return image.transpose(2, 0, 1)
+        rows = self._resize(image, name)
         height, width = self.config.size
-        if resized.width < width or resized.height < height:
+        if rows.shape[0] < height or rows.shape[1] < width:
             raise BadSample(
                 name,
                 "too_small",
-                f"is {resized.width}x{resized.height} pixels (width x height), smaller than the crop of "
+                f"is {rows.shape[1]}x{rows.shape[0]} pixels (width x height), smaller than the crop of "
                 f'{width}x{height}. Set data.resize to "cover", or data.image_size to less.',
             )
-        pixels = np.asarray(resized).transpose(2, 0, 1)
         if not self.crops_at_random:
             # Python's round, as torchvision's CenterCrop: half a pixel goes to the even side
-            top, left = round((resized.height - height) / 2), round((resized.width - width) / 2)
-            pixels = pixels[:, top : top + height, left : left + width]
-        return np.ascontiguousarray(pixels)
+            top, left = round((rows.shape[0] - height) / 2), round((rows.shape[1] - width) / 2)
+            rows = rows[top : top + height, left : left + width]
+        return rows.transpose(2, 0, 1)
 
     def augment(self, pixels: Pixels, rng: Generator, name: str = "image") -> Pixels:
         """The random part.
@@ -163,17 +168,29 @@ class Transform:
             pixels = pixels[:, top : top + height, left : left + width]
         return pixels[:, :, ::-1] if mirrored and self.config.horizontal_flip else pixels
 
-    def _resize(self, image: Image.Image, name: str) -> Image.Image:
+    def _resize(self, image: Picture, name: str) -> NDArray[np.uint8]:
+        """The picture at the size from which the crop is taken, uint8 [h, w, 3]."""
+        if isinstance(image, Image.Image):
+            image = to_rgb(image, self.background, name=name)
+            before, box = image.size, extent(image)
+        else:
+            before = image.shape[1], image.shape[0]
+            box = 0, 0, *before
+        size = self._resized(before, box)
+        if size == before:
+            return np.asarray(image)
+        check_pixels(before[::-1], size[::-1], name)
+        picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        return np.asarray(picture.resize(size, FILTERS[self.config.interpolation], box))
+
+    def _resized(self, size: tuple[int, int], box: tuple[float, float, float, float]) -> tuple[int, int]:
+        """Width and height that a picture is resized to, which fills a part of its pixels."""
         height, width = self.config.size
         if self.config.resize == "none":
-            return image
-        box = left, top, right, bottom = extent(image)
+            return size
+        left, top, right, bottom = box
         covering = _covering((right - left, bottom - top), (width, height))
-        size = (width, height) if self.config.resize == "stretch" else covering
-        if size == image.size:
-            return image
-        check_pixels(image.size[::-1], size[::-1], name)
-        return image.resize(size, FILTERS[self.config.interpolation], box)
+        return (width, height) if self.config.resize == "stretch" else covering
 
 
 def check_pixels(size: tuple[int, int], resized: tuple[int, int], name: str) -> None:
@@ -207,7 +224,15 @@ def to_float(images: Sequence[Pixels], out: NDArray[np.float32]) -> None:
     """
     for row, image in zip(out, images, strict=True):
         row[:] = image
-        if image.dtype == np.uint8:
-            row /= 255
-            row -= 0.5
-            row *= 2  # exact, as is the division by 0.5
+    scale(out, [row for row, image in enumerate(images) if image.dtype == np.uint8])
+
+
+def scale(values: NDArray[np.float32], rows: Sequence[int]) -> None:
+    """From 0..255 to [-1, 1], in place: some rows of float32 [B, 3, H, W], in ascending order."""
+    near = max(1, NEAR // max(1, math.prod(values.shape[1:])))
+    for start in range(0, len(rows), near):
+        some = rows[start : start + near]
+        is_block = some[-1] - some[0] == len(some) - 1
+        for block in [values[some[0] : some[-1] + 1]] if is_block else [values[row] for row in some]:
+            block /= 127.5  # (v / 255) * 2, rounded in the same way, as doubling is exact
+            block -= 1  # (x - 0.5) * 2 likewise

@@ -7,13 +7,12 @@ from bisect import bisect_right
 from codecs import BOM_UTF8
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
 from itertools import accumulate
 from typing import Annotated, Literal
-from weakref import finalize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,21 +21,20 @@ from pydantic import Field
 from eclosion.data.embeddings import EmbeddingFolder, Kind, checked_row
 from eclosion.data.file_cache import FileCache
 from eclosion.data.npy import parse_npy
-from eclosion.data.remote import Place, local_path, stat_all
-from eclosion.data.shard_index import KINDS, Request, ShardIndex, indices
+from eclosion.data.remote import local_path, stat_all
+from eclosion.data.shard_index import ShardIndex, indices
+from eclosion.data.shard_reading import KIND, OpenedShard, Run, Shard
 from eclosion.data.shard_urls import NO_NUMBER, expand
 from eclosion.data.source import Sample
 from eclosion.data.splits import Splits, divide
 from eclosion.errors import BadSample, DataError
+from eclosion.redaction import scheme_of
 from eclosion.registry import part
 
-__all__ = ["Shard", "WebDatasetSamples", "WebDatasetSource"]
+__all__ = ["WebDatasetSamples", "WebDatasetSource"]
 
-KIND = {kind: column for column, kind in enumerate(KINDS)}
 # Longest caption and longest .json that are read, in bytes.
 MAX_TEXT_BYTES = 1_048_576
-# Longest member that is read at all.
-MAX_MEMBER_BYTES = 512 * 2**20
 # Classes that a network may be asked to know; a hostile .cls must not cost memory.
 MAX_CLASSES = 100_000
 # Samples of a shard that are tried to find out what embeddings it holds.
@@ -47,34 +45,6 @@ MAX_OPEN = 128
 Selection = NDArray[np.int64]
 NOTHING: Selection = np.empty(0, np.int64)
 OnShard = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One shard: its number, and where it is."""
-
-    number: int
-    place: Place
-
-    @property
-    def name(self) -> str:
-        """What to call it in messages and in the ledger."""
-        return self.place.shown
-
-    def member(self, index: ShardIndex, sample: int, kind: str = "image") -> str:
-        """What to call a member in messages: shard, member and where it begins."""
-        return f"{self.name}: {index.member(sample, kind)} at byte {index.offsets[sample, KIND[kind]]}"
-
-    def request(self, cache: FileCache) -> Request:
-        """How its index is asked for; the shard is fetched only if no index of it is kept."""
-        here = local_path(self.place.url)
-        return Request(
-            path=here or partial(cache.path, self.place),
-            url=str(here or self.name),
-            version=self.place.version,
-            size=self.place.size,
-            identity=self.place.key,
-        )
 
 
 @part
@@ -121,6 +91,10 @@ class WebDatasetSource:
     split_seed: Annotated[int, Field(ge=0)] = 0
     # Disk space for fetched shards, in GiB.
     cache_limit_gb: Annotated[float, Field(gt=0)] = 50.0
+
+    def of_split(self, split: Literal["train", "val", "test"]) -> "WebDatasetSource | None":
+        """The same shards for another split; None if it has no share of them."""
+        return replace(self, split=split) if getattr(self.splits, split) > 0 else None
 
     def open(self) -> "WebDatasetSamples":
         """Index the shards, and choose those of the split.
@@ -351,7 +325,7 @@ def _inside(kind: Kind, kinds: tuple[str, ...], cache: FileCache, shard: Shard, 
     samples, which = np.nonzero(index.offsets[:, [KIND[k] for k in kinds]] >= 0)
     if not len(samples):
         return None
-    opened, problem = _Opened(shard, index, cache), None
+    opened, problem = OpenedShard(shard, index, cache), None
     ranks = {"image": {1: "image_embed"}, "text": {1: "text_embed", 2: "text_encodings"}}[kind]
     for sample, column in list(zip(samples.tolist(), which.tolist(), strict=True))[:MAX_TRIED]:
         name = opened.name(sample, kinds[column])
@@ -463,64 +437,6 @@ def _check_rows(source: WebDatasetSource, shard: Shard, index: ShardIndex, rows:
             )
 
 
-class _Opened:
-    """One shard as it is read. Its file is closed when nobody holds this any more."""
-
-    def __init__(self, shard: Shard, index: ShardIndex, cache: FileCache) -> None:
-        self.shard, self.index = shard, index
-        with cache.open(shard.place) as file:
-            self._fd = os.dup(file.fileno())
-        finalize(self, os.close, self._fd)
-        # a fetched file is marked as used by changing its time
-        self._stamp = self._now() if local_path(shard.place.url) else None
-
-    def name(self, sample: int, kind: str = "image") -> str:
-        """What to call a member in messages."""
-        return self.shard.member(self.index, sample, kind)
-
-    def has(self, sample: int, kind: str) -> bool:
-        """Whether a sample has such a member."""
-        return bool(self.index.offsets.item(sample, KIND[kind]) >= 0)
-
-    def member(self, sample: int, kind: str, *, limit: int = MAX_MEMBER_BYTES) -> bytes:
-        """The content of a member.
-
-        Raises:
-            BadSample: reason "too_large", "unreadable", or "changed" if the shard is not what was indexed.
-        """
-        column = KIND[kind]
-        offset, size = self.index.offsets.item(sample, column), self.index.sizes.item(sample, column)
-        if size > limit:
-            raise BadSample(self.name(sample, kind), "too_large", f"has {size} bytes, and the limit is {limit}.")
-        try:
-            found = os.pread(self._fd, size, offset)
-        except OSError as error:
-            raise BadSample(self.name(sample, kind), "unreadable", f"cannot be read ({error.strerror}).") from error
-        if len(found) != size:
-            raise self._changed(sample, kind)
-        return found
-
-    def check_unchanged(self, sample: int) -> None:
-        """See that what was read of a sample is of the file that was opened.
-
-        Raises:
-            BadSample: reason "changed".
-        """
-        if self._stamp and self._now() != self._stamp:
-            raise self._changed(sample, "image")
-
-    def _now(self) -> tuple[int, int]:
-        status = os.fstat(self._fd)
-        return status.st_size, status.st_mtime_ns
-
-    def _changed(self, sample: int, kind: str) -> BadSample:
-        return BadSample(
-            self.name(sample, kind),
-            "changed",
-            "the shard has changed since it was indexed. Leave shards as they are while a run reads them.",
-        )
-
-
 class WebDatasetSamples:
     """The samples of a split, counted through its shards. Any of them can be read at any time, from any thread.
 
@@ -564,9 +480,12 @@ class WebDatasetSamples:
             )
         self.class_names = tuple(str(label) for label in range(num_classes))
         self.has_captions = source.captions != "off"
+        in_shards = [kind for array in arrays for kind in array.kinds]
+        caption = [self._caption_kind] if self.has_captions else []
+        self._columns = tuple(KIND[kind] for kind in ("image", *caption, *in_shards))
         self.fingerprint = self._hash()
         self._lock = threading.Lock()
-        self._opened: OrderedDict[int, _Opened] = OrderedDict()
+        self._opened: OrderedDict[int, OpenedShard] = OrderedDict()
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -586,12 +505,42 @@ class WebDatasetSamples:
         """
         shard, sample = self._find(index)
         opened = self._open(shard)
-        image = opened.member(sample, "image")
-        arrays = {array.name: self._array(array, opened, sample) for array in self._arrays}
-        label = int(opened.index.labels[sample]) if self._source.labels else None
-        caption = self._caption(opened, sample)
+        found = self._sample(opened, sample)
         opened.check_unchanged(sample)
-        return Sample(image, opened.name(sample), caption, label, arrays)
+        return found
+
+    def read_together(self, indices: Sequence[int]) -> Mapping[int, Sample]:
+        """Samples of few bytes, those that are neighbours with one look at the disk; as in `NeighbouringSamples`.
+
+        Those of shards that are open: to open one may mean to fetch it, for which nobody should wait who must stop.
+        """
+        by_shard: dict[int, dict[int, int]] = {}
+        for index in indices:
+            shard, sample = self._find(index)
+            by_shard.setdefault(shard, {})[sample] = index
+        found: dict[int, Sample] = {}
+        for shard, wanted in by_shard.items():
+            opened = self._if_open(shard)
+            if opened is None:
+                continue
+            samples = self._small_samples(opened, list(wanted))
+            if opened.is_unchanged():
+                found |= {wanted[sample]: content for sample, content in samples.items()}
+        return found
+
+    def _small_samples(self, opened: OpenedShard, samples: Sequence[int]) -> dict[int, Sample]:
+        found: dict[int, Sample] = {}
+        for run, content in opened.runs(samples, self._columns):
+            for sample in run:
+                with suppress(DataError):  # `read` will say it
+                    found[sample] = self._sample(content, sample)
+        return found
+
+    def _sample(self, members: OpenedShard | Run, sample: int) -> Sample:
+        image = members.member(sample, "image")
+        arrays = {array.name: self._array(array, members, sample) for array in self._arrays}
+        label = int(members.index.labels[sample]) if self._source.labels else None
+        return Sample(image, members.name(sample), self._caption(members, sample), label, arrays)
 
     def fetch_ahead(self, shards: Sequence[int]) -> None:
         """Fetch the files of these shards in the background, if they are elsewhere."""
@@ -616,14 +565,18 @@ class WebDatasetSamples:
         place = index - self._ends[shard] + chosen.size
         return shard, place if chosen.samples is None else int(chosen.samples[place])
 
-    def _open(self, shard: int) -> _Opened:
+    def _if_open(self, shard: int) -> OpenedShard | None:
         with self._lock:
             if shard in self._opened:
                 self._opened.move_to_end(shard)
-                return self._opened[shard]
+            return self._opened.get(shard)
+
+    def _open(self, shard: int) -> OpenedShard:
+        if opened := self._if_open(shard):
+            return opened
         try:
             # both may fetch it: other shards must not wait for this one
-            opened = _Opened(self._shards[shard], self._index(shard), self._cache)
+            opened = OpenedShard(self._shards[shard], self._index(shard), self._cache)
         except DataError as error:
             name = self._shards[shard].name
             raise BadSample(name, "unreadable_shard", str(error).removeprefix(f"{name}: ")) from error
@@ -637,23 +590,24 @@ class WebDatasetSamples:
         """The index of a shard, as it was when the shards were looked through."""
         index = next(self._source.index(self._cache, [self._shards[shard]]))
         if index.digest != self._chosen[shard].digest:
-            name = self._shards[shard].name
-            raise DataError(
-                f"{name}: has changed since the run began. Leave shards as they are while a run reads them."
-            )
+            place = self._shards[shard].place
+            cure = "Leave shards as they are while a run reads them."
+            if scheme_of(place.url) == "pipe":
+                cure = "The command must give the same bytes each time it is run."
+            raise DataError(f"{place.shown}: has changed since the run began. {cure}")
         return index
 
-    def _array(self, array: _Array, opened: _Opened, sample: int) -> NDArray[np.float32]:
+    def _array(self, array: _Array, opened: OpenedShard | Run, sample: int) -> NDArray[np.float32]:
         if array.folder is not None:
             row = int(opened.index.key(sample)[-self._source.index_width :])  # the index has seen that it is a number
             return array.folder.row(opened.shard.number, row)
         kind = next(kind for kind in array.kinds if opened.has(sample, kind))
         return _embedding(opened.member(sample, kind), opened.name(sample, kind), array.shape)
 
-    def _caption(self, opened: _Opened, sample: int) -> str | None:
+    def _caption(self, opened: OpenedShard | Run, sample: int) -> str | None:
         if not self.has_captions:
             return None
-        kind = "json" if self._source.caption_key else "txt"
+        kind = self._caption_kind
         if not opened.has(sample, kind):
             return ""
         data = opened.member(sample, kind, limit=MAX_TEXT_BYTES)
@@ -661,6 +615,10 @@ class WebDatasetSamples:
         if not caption and self._source.captions == "required":
             raise BadSample(opened.name(sample, kind), "caption", "the caption is empty.")
         return caption
+
+    @property
+    def _caption_kind(self) -> str:
+        return "json" if self._source.caption_key else "txt"
 
     def _hash(self) -> str:
         digest = blake2b(digest_size=16)

@@ -20,11 +20,12 @@ from eclosion.config.overrides import apply_overrides
 from eclosion.config.schema import DataConfig, RunConfig, steps_in
 from eclosion.data.ledger import NOT_BAD, over_budget
 from eclosion.data.loader import Loader
-from eclosion.data.source import Samples, ShardedSamples
+from eclosion.data.source import Samples, ShardedSamples, array_shapes
 from eclosion.device import pick_device, pick_precision
-from eclosion.errors import EnvironmentProblem, UserError
+from eclosion.errors import ConfigError, EnvironmentProblem, UserError
 from eclosion.registry import build, dump
 from eclosion.rundir import RunDir
+from eclosion.sampling.examples import from_samples, validation_data, validation_source
 from eclosion.tasks.task import DataFacts, Task, check_wishes
 
 __all__ = ["Check", "DataCount", "Network", "Plan", "Setting", "check"]
@@ -69,12 +70,14 @@ class Network:
     Attributes:
         name: its name in the task.
         trained: False for a frozen one.
+        learning_rate: after warm-up; 0 for a frozen one.
         parameters: how many numbers it learns.
         blocks: the same by top-level block; they sum to `parameters`.
     """
 
     name: str
     trained: bool
+    learning_rate: float
     parameters: int
     blocks: Mapping[str, int]
 
@@ -104,6 +107,7 @@ class Check:
         settings: every key with its value and origin; empty if the config is not valid.
         notes: what the user should know, one line each.
         data: None if the data cannot be opened.
+        validation: what a validation looks at; None without one, or if its data cannot be opened.
         networks: empty if they cannot be built.
         plan: None without data.
         device, precision: where and how training would compute.
@@ -116,6 +120,7 @@ class Check:
     settings: list[Setting] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     data: DataCount | None = None
+    validation: DataCount | None = None
     networks: list[Network] = field(default_factory=list)
     plan: Plan | None = None
     device: str = ""
@@ -134,17 +139,18 @@ class Check:
             self.problems.append(error)
 
 
-def check(config: object, overrides: Sequence[str] = ()) -> Check:
+def check(config: object, overrides: Sequence[str] = (), *, lenient: bool = False) -> Check:
     """Look at everything that can be known before training, and find all problems at once.
 
     Args:
         config: path of a YAML, JSON or TOML file; a mapping; or the config object of the Hugging Face tutorial.
         overrides: texts such as "train.batch_size=32".
+        lenient: whether unknown keys are left out with a note, and not refused.
     """
     found = Check()
     loaded = None
     with found.looking():
-        loaded = load(config, overrides)
+        loaded = load(config, overrides, lenient=lenient)
     if loaded:
         _look_at_run(found, loaded)
     else:
@@ -176,10 +182,13 @@ def _look_at_run(found: Check, loaded: LoadedConfig) -> None:
             found.plan = _plan(run, loader.order.num_samples)
             _look_at_images(found, loader)
     with found.looking():
-        task = _build(run, stand_in)
-        found.networks = [_measure(name, net, trained=name not in run.train.freeze) for name, net in task.nets.items()]
-        found.checkpoint_bytes = sum(_checkpoint_bytes(net, run, name) for name, net in task.nets.items())
-        check_wishes(task, run)
+        if task := _build(run, samples, stand_in):
+            found.networks = [_measure(name, net, run) for name, net in task.nets.items()]
+            found.checkpoint_bytes = sum(_checkpoint_bytes(net, run, name) for name, net in task.nets.items())
+            check_wishes(task, run)
+    if samples is not None:
+        with found.looking():
+            _look_at_validation(found, run, samples)
     with found.looking():
         device = pick_device(run.train.device)
         found.device, found.precision = str(device), pick_precision(run.train.mixed_precision, device)
@@ -194,7 +203,7 @@ def _look_at_data_alone(found: Check, config: object, overrides: Sequence[str]) 
     try:
         tree = apply_overrides(translated(config)[1].tree, overrides)
         data = checked(DataConfig, tree.get("data") or {})
-    except UserError:
+    except (UserError, RecursionError):
         return  # known already
     with found.looking():
         found.data = _count(data.source.open())
@@ -223,17 +232,43 @@ def _look_at_images(found: Check, loader: Loader) -> None:
         found.notes.append(f"{skip.name}: {skip.detail} It will be skipped.")
 
 
-def _build(run: RunConfig, samples: Samples) -> Task:
-    task: Task = run.task.build(DataFacts(size=run.data.size, class_names=samples.class_names))
+def _look_at_validation(found: Check, run: RunConfig, samples: Samples) -> None:
+    """Open the validation data, and decode one of its images."""
+    with validation_data(run, _facts(run, samples)) as validation:
+        if validation is None:
+            if validation_source(run):
+                found.notes.append("there is validation data, and it is not used: validate.every is none.")
+            return
+        from_samples(validation, run.data, 1, seed=run.seed)
+        whole, wanted = _count(validation), run.validate.num_samples
+        found.validation = replace(whole, num_samples=min(wanted or whole.num_samples, whole.num_samples))
+        if wanted and wanted > whole.num_samples:
+            found.notes.append(f"validate.num_samples is {wanted}, and there are {whole.num_samples}; all are used.")
+
+
+def _facts(run: RunConfig, samples: Samples) -> DataFacts:
+    return DataFacts(size=run.data.size, class_names=samples.class_names, arrays=array_shapes(samples))
+
+
+def _build(run: RunConfig, samples: Samples | None, stand_in: Samples) -> Task | None:
+    """The task; None if it cannot be built on what stands in for the data, which may lack what the data has."""
+    try:
+        task: Task = run.task.build(_facts(run, stand_in))
+    except ConfigError:
+        if samples is None:
+            return None
+        raise
     return task
 
 
-def _measure(name: str, net: nn.Module, *, trained: bool) -> Network:
+def _measure(name: str, net: nn.Module, run: RunConfig) -> Network:
     sizes = {block: _num_parameters(module) for block, module in net.named_children()}
     blocks = {block: size for block, size in sizes.items() if size}
     total = _num_parameters(net)
     loose = total - sum(blocks.values())
-    return Network(name, trained, total, blocks | ({"other": loose} if loose else {}))
+    trained = name not in run.train.freeze
+    learning_rate = run.optimizer.of_network(name).learning_rate if trained else 0.0
+    return Network(name, trained, learning_rate, total, blocks | ({"other": loose} if loose else {}))
 
 
 def _num_parameters(module: nn.Module) -> int:
@@ -254,7 +289,8 @@ def _look_at_disk(found: Check, run: RunConfig) -> None:
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise EnvironmentProblem(f"{folder} cannot be written to. Choose another output folder.")
     found.free_bytes = shutil.disk_usage(folder).free
-    kept = run.checkpoint.keep_last + 1  # the newest is written before the oldest is removed
+    best = run.checkpoint.keep_best and run.validate.every is not None
+    kept = run.checkpoint.keep_last + best + 1  # the newest is written before the oldest is removed
     needed = kept * found.checkpoint_bytes
     if needed > found.free_bytes:
         raise EnvironmentProblem(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from eclosion.data.file_cache import FileCache
 from eclosion.data.shard_index import ShardIndex
-from eclosion.data.webdataset import Shard, WebDatasetSource
+from eclosion.data.shard_reading import Shard
+from eclosion.data.webdataset import WebDatasetSource
 from eclosion.errors import ConfigError
 from eclosion.inspection.named_source import source_of
 

@@ -1,14 +1,17 @@
-"""A source as the command line names it."""
+"""A source and an encoder as the command line names them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from eclosion.config.explain import checked
-from eclosion.config.load import load
+from eclosion.config.load import load, read_file
 from eclosion.config.overrides import apply_overrides
+from eclosion.errors import ConfigError
+from eclosion.redaction import scheme_of
 from eclosion.registry import names, resolve
 
-__all__ = ["source_of"]
+__all__ = ["encoder_of", "source_of", "source_or_shards"]
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json", ".toml")
 
@@ -30,3 +33,36 @@ def source_of(text: str, overrides: Sequence[str], *, otherwise: str, option: st
     if text in names("sources"):
         return checked(resolve("sources", text), apply_overrides({}, overrides))
     return checked(resolve("sources", otherwise), apply_overrides({option: text}, overrides))
+
+
+def source_or_shards(text: str, overrides: Sequence[str]) -> Any:
+    """As `source_of`; any other text is the URL of shards if it looks like one, or else a folder of images."""
+    if "{" in text or text.lower().endswith(".tar") or scheme_of(text):
+        return source_of(text, overrides, otherwise="webdataset", option="webdataset_base_url")
+    return source_of(text, overrides, otherwise="folder", option="root")
+
+
+def encoder_of(text: str | None, source: str, overrides: Sequence[str]) -> Any:
+    """The encoder that a text names; without one, that of the config.
+
+    Args:
+        text: such as "efficientnet_lite0", "clip,model=ViT-B/32" or "encoder.yaml" with its name and options.
+        source: as `source_of` takes it.
+        overrides: of the config, if the source is one.
+
+    Raises:
+        ConfigError: if something of it is wrong, or nothing names an encoder.
+    """
+    if text is None:
+        if source.lower().endswith(CONFIG_SUFFIXES):
+            encoder = getattr(load(source, overrides).run.task, "encoder", None)
+            if encoder is not None:
+                return encoder
+        raise ConfigError(f"Name an encoder: --encoder={', '.join(sorted(names('encoders')))}.")
+    if text.lower().endswith(CONFIG_SUFFIXES):
+        options = read_file(Path(text))
+        name = str(options.pop("name", ""))
+    else:
+        name, *given = text.split(",")
+        options = apply_overrides({}, given)
+    return checked(resolve("encoders", name), options)

@@ -195,7 +195,9 @@ class ResBlock(nn.Module):
         scale, shift = self.time(F.silu(time))[:, :, None, None].chunk(2, dim=1)
         hidden = self.block_1(x, scale, shift)
         if self.cross_attention is not None:
-            hidden = self.cross_attention(hidden, context) + hidden
+            # A sum has the memory layout of its first term: that of the other, with channels last, would pass on to all
+            # that follows, and on a CPU all of that is slower in it.
+            hidden = hidden + self.cross_attention(hidden, context)
         hidden = self.block_2(hidden)
         return hidden + self.shortcut(x)  # type: ignore[no-any-return]
 

@@ -19,6 +19,8 @@ MIN_SMOOTHED = 20
 # What we know of our own metrics: the title, whether the axis begins at 0, whether there is noise to smooth.
 KNOWN = {
     "train/loss": ("Loss", False, True),
+    "validation/loss": ("Validation loss", False, False),
+    "validation/skipped": ("Validation images skipped", True, False),
     "train/grad_norm": ("Gradient norm", True, True),
     "train/lr": ("Learning rate", True, False),
     "perf/images_per_second": ("Images per second", True, True),

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from eclosion.report.markup import Html
+from eclosion.rundir import LEGEND
 
 __all__ = ["BUDGET", "MAX_GRIDS", "Grid", "choose", "embed"]
 
@@ -32,6 +33,7 @@ class Grid:
         source: data URL; empty if the file cannot be shown.
         width, height: pixels of the file.
         reduced: whether the page holds a compressed copy.
+        legend: how it is to be read, as the file says it; empty if it says nothing.
     """
 
     step: int
@@ -40,6 +42,7 @@ class Grid:
     width: int
     height: int
     reduced: bool = False
+    legend: str = ""
 
 
 def choose(grids: Sequence[tuple[int, Path]], limit: int = MAX_GRIDS) -> list[tuple[int, Path]]:
@@ -56,10 +59,11 @@ def embed(step: int, path: Path, *, budget: int) -> Grid:
         width, height = _size(content)
         with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
             image.load()
+            legend = str(image.info.get(LEGEND, ""))
             if len(content) <= budget:
-                return Grid(step, path.name, _url("png", content), width, height)
+                return Grid(step, path.name, _url("png", content), width, height, legend=legend)
             reduced = _reduce(image.convert("RGB"), budget)
-            return Grid(step, path.name, _url("webp", reduced), width, height, reduced=True)
+            return Grid(step, path.name, _url("webp", reduced), width, height, reduced=True, legend=legend)
     except (OSError, ValueError, SyntaxError):  # missing, cut short, or no PNG at all
         return Grid(step, path.name, Html(), 0, 0)
 

@@ -20,6 +20,7 @@ __all__ = ["render"]
 # What a page shows at most; the file holds the rest.
 MAX_CURVES = 60
 LOSS = "train/loss"
+VALIDATION = "validation/loss"
 
 
 def render(run: Run) -> str:
@@ -111,11 +112,24 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     if loss:
         last = loss[-max(1, len(loss) // 40) :]
         yield ("loss, latest mean" if len(last) > 1 else "latest loss"), short(statistics.fmean(last))
+    best = _best(run)
+    if best is not None:
+        yield "best validation loss", f"{short(best[1])} at step {best[0]:,}"
     speed = run.series.get("perf/images_per_second")
     if speed and speed.finite:
         yield "images per second, median", short(statistics.median(value for _, value in speed.finite))
     if run.environment.get("device"):
         yield "device", clip(run.environment["device"], 60)
+
+
+def _best(run: Run) -> tuple[int, float] | None:
+    """The step with the lowest validation loss, summed over networks, and the loss; step 0 is not compared."""
+    totals: dict[int, list[float]] = {}
+    curves = [series for name, series in run.series.items() if f"{name}/".startswith(f"{VALIDATION}/")]
+    for step, value in (point for series in curves for point in series.finite if point[0] > 0):
+        totals.setdefault(step, []).append(value)
+    whole = {step: sum(values) for step, values in totals.items() if len(values) == len(curves)}
+    return min(whole.items(), key=lambda point: point[1], default=None)
 
 
 def _loss(run: Run) -> Series:
@@ -147,6 +161,7 @@ def _grids(run: Run) -> Html:
         quiet(f"{left_out:,} more grids are in the run folder.") if left_out else None,
         quiet(f"Cannot be read: {', '.join(unreadable)}.") if unreadable else None,
         quiet("Some are compressed here; the files are exact.") if any(grid.reduced for grid in grids) else None,
+        *(quiet(legend) for legend in sorted({clip(grid.legend, 200) for grid in grids if grid.legend})),
         class_="samples",
     )
 

@@ -3,6 +3,7 @@
     shards.json                  what was asked for; when all is done, also what each shard holds
     00000.tar                    one sample after the other: <key>.png, <key>.txt, <key>.cls, <key>.json
     img_emb/img_emb_00000.npy    row i belongs to sample i of 00000.tar
+    img_emb/embeddings.json      which encoder made them, if `eclosion embed` said so
     text_emb/text_emb_00000.npy
 
     key = number of the shard (5 digits) + place in the shard (4 digits); more digits where they are needed
@@ -34,6 +35,7 @@ from torch import Tensor
 
 from eclosion.checkpoint.disk import make_folder
 from eclosion.checkpoint.lock import RunLock
+from eclosion.data.embedding_record import FILE, EmbeddingRecord, as_text, of_shards, read_record
 from eclosion.data.folder import FolderSamples
 from eclosion.data.images import decode, to_rgb
 from eclosion.data.ledger import left_out_of_budget
@@ -41,7 +43,7 @@ from eclosion.data.source import KeyedSamples, Sample, Samples, ShardedSamples, 
 from eclosion.errors import BadSample, ConfigError, DataError, printable
 from eclosion.rundir import RunDir
 from eclosion.sampling import to_uint8
-from eclosion.sharding.disk import aside, make_durable, publish, writing
+from eclosion.sharding.disk import aside, make_durable, publish, replace, writing
 from eclosion.sharding.record import Finished, Record
 from eclosion.sharding.rows import ARRAYS, Rows, find_rows
 
@@ -116,7 +118,8 @@ def shard(
         if isinstance(samples, ShardedSamples) and not skip_bad:
             _refuse_left_out(samples)
         rows = find_rows(samples, {name: None if path is None else Path(path) for name, path in given.items()})
-        plan = _Plan(samples, Path(out).expanduser(), samples_per_shard, rows, skip_bad)
+        made_by = None if image_embeddings is None else read_record(Path(image_embeddings).expanduser())
+        plan = _Plan(samples, Path(out).expanduser(), samples_per_shard, rows, skip_bad, made_by)
         with writing(plan.out):
             plan.record.check()
             done = plan.record.kept(plan.is_whole)
@@ -138,12 +141,18 @@ class _Plan:
     """What is to be written, and where."""
 
     def __init__(
-        self, samples: Samples, out: Path, samples_per_shard: int, rows: Mapping[str, Rows], skip_bad: bool
+        self,
+        samples: Samples,
+        out: Path,
+        samples_per_shard: int,
+        rows: Mapping[str, Rows],
+        skip_bad: bool,
+        made_by: EmbeddingRecord | None,
     ) -> None:
         if len(samples) == 0:
             raise DataError("The source has no samples, so there are no shards to write.")
         self.samples, self.out, self.samples_per_shard = samples, out, samples_per_shard
-        self.rows, self.skip_bad = rows, skip_bad
+        self.rows, self.skip_bad, self.made_by = rows, skip_bad, made_by
         self.num_shards = -(-len(samples) // samples_per_shard)
         self.record = Record(
             out,
@@ -153,6 +162,7 @@ class _Plan:
                 "samples_per_shard": samples_per_shard,
                 **{name: rows[name].digest if name in rows else None for name in ARRAYS},
             },
+            of=Finished,
         )
         self._shard_width = max(SHARD_WIDTH, len(str(self.num_shards - 1)))
         self._index_width = max(INDEX_WIDTH, len(str(samples_per_shard - 1)))
@@ -223,7 +233,12 @@ def _write(plan: _Plan, num_workers: int, on_shard: OnShard) -> dict[int, Finish
             for shard in shards:
                 done[shard.shard] = shard
                 on_shard(len(done), plan.num_shards)
-        plan.record.finish([done[number] for number in range(plan.num_shards)], plan.samples.class_names)
+        if plan.made_by:
+            folder = plan.out / "img_emb"
+            replace(folder / FILE, as_text(of_shards(plan.made_by, plan.samples.fingerprint)), plan.record.aside)
+        plan.record.finish(
+            [done[number] for number in range(plan.num_shards)], class_names=list(plan.samples.class_names)
+        )
     return done
 
 

@@ -19,7 +19,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise EnvironmentProblem(
-            f"{path} cannot be written: {reason(error)}; {_free(path)} free there. Finished shards are whole: make "
+            f"{path} cannot be written: {reason(error)}; {_free(path)} free there. Finished files are whole: make "
             "room or mend the disk, and start again."
         ) from error
 

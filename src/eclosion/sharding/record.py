@@ -1,7 +1,8 @@
-"""What a folder of shards was asked to be, and how much of it stands.
+"""What a folder of shards or of arrays was asked to be, and how much of it stands.
 
-shards.json                 {"format", "done", "asked"}; when done also "class_names", "num_samples" and "shards"
-.partial/finished.jsonl     one `Finished` per line, written before its tar gets its name; until all is done
+shards.json                 {"format", "done", "asked"}; when done also what is told of all, and "shards"
+embeddings.json             the same, with "arrays"
+.partial/finished.jsonl     one `Finished` per line, written before its file gets its name; until all is done
 """
 
 import json
@@ -10,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar
 
 from eclosion.errors import ConfigError, DataError
 from eclosion.sharding.disk import replace, writing
@@ -23,12 +24,12 @@ MANIFEST, ASIDE, FINISHED, LOCK = "shards.json", ".partial", "finished.jsonl", "
 
 @dataclass
 class Finished:
-    """What a finished shard holds.
+    """What a finished shard or array holds.
 
     Attributes:
         shard: its number.
-        num_samples: samples in its tar.
-        num_bytes: length of the tar.
+        num_samples: samples in it.
+        num_bytes: length of the file.
         skipped: key, name and reason of each sample that was left out.
     """
 
@@ -38,8 +39,11 @@ class Finished:
     skipped: list[dict[str, str]] = field(default_factory=list)
 
 
-class Record:
-    """The account of a folder of shards.
+F = TypeVar("F", bound=Finished)
+
+
+class Record(Generic[F]):
+    """The account of a folder of shards or of arrays.
 
     Attributes:
         out: the folder.
@@ -47,8 +51,28 @@ class Record:
         asked: what must be the same when a later call goes on.
     """
 
-    def __init__(self, out: Path, asked: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        out: Path,
+        asked: Mapping[str, Any],
+        *,
+        of: type[F],
+        what: Literal["shards", "arrays"] = "shards",
+        manifest: str = MANIFEST,
+        told: Mapping[str, Any] | None = None,
+    ) -> None:
+        """An account; nothing is read yet.
+
+        Args:
+            out: the folder.
+            asked: what must be the same when a later call goes on.
+            of: what is noted of each finished file.
+            what: what the folder holds.
+            manifest: name of the file of the account.
+            told: what else it says from the beginning.
+        """
         self.out, self.aside, self.asked = out, out / ASIDE, asked
+        self._of, self._what, self._file, self._told = of, what, manifest, told or {}
 
     def check(self) -> None:
         """See that the folder is new, empty, or was begun by an equal call.
@@ -58,7 +82,7 @@ class Record:
             DataError: if shards.json is damaged.
         """
         if self.out.exists() and not self.out.is_dir():
-            raise ConfigError(f"{self.out} is a file. Give a folder for the shards.")
+            raise ConfigError(f"{self.out} is a file. Give a folder for the {self._what}.")
         manifest = self._manifest()
         if manifest is not None:
             old, new = manifest["asked"], self.asked
@@ -68,17 +92,19 @@ class Record:
                     f"{self.out} was begun otherwise: {said}. Go on as it was begun, or use a new folder."
                 )
         elif self.out.exists() and any(entry.name != ASIDE for entry in self.out.iterdir()):
-            raise ConfigError(f"{self.out} is not empty and has no {MANIFEST}. Choose a new folder for the shards.")
+            raise ConfigError(
+                f"{self.out} is not empty and has no {self._file}. Choose a new folder for the {self._what}."
+            )
 
-    def kept(self, is_whole: Callable[[Finished], bool]) -> dict[int, Finished]:
-        """The finished shards whose files are still there, by number.
+    def kept(self, is_whole: Callable[[F], bool]) -> dict[int, F]:
+        """The finished ones whose files are still there, by number.
 
         Args:
             is_whole: whether they are.
         """
         manifest = self._manifest() or {}
         try:
-            shards = [Finished(**line) for line in [*manifest.get("shards", ()), *self._log()]]
+            shards = [self._of(**line) for line in [*manifest.get(self._what, ()), *self._log()]]
             return {shard.shard: shard for shard in shards if is_whole(shard)}
         except (TypeError, ValueError) as error:
             raise self._damaged(error) from error
@@ -93,31 +119,32 @@ class Record:
         self._write(done=False)
 
     def append(self, shard: Finished) -> None:
-        """Write down that a shard is about to stand; not to be called from two threads at once."""
+        """Write down that one is about to stand; not to be called from two threads at once."""
         with writing(self.aside / FINISHED), (self.aside / FINISHED).open("a", encoding="utf-8") as file:
             file.write(_line(shard))
             file.flush()
             os.fsync(file.fileno())
 
-    def finish(self, shards: Sequence[Finished], class_names: Sequence[str]) -> None:
-        """Write down that all stand, and remove what is not needed any more. Under the lock, and its last use."""
-        self._write(
-            done=True,
-            class_names=list(class_names),
-            num_samples=sum(shard.num_samples for shard in shards),
-            shards=[asdict(shard) for shard in shards],
-        )
+    def finish(self, finished: Sequence[Finished], **facts: object) -> None:
+        """Write down that all stand, and remove what is not needed any more. Under the lock, and its last use.
+
+        Args:
+            finished: what is noted of each, in their order.
+            facts: what is told of all.
+        """
+        num_samples = sum(each.num_samples for each in finished)
+        self._write(done=True, **facts, num_samples=num_samples, **{self._what: [asdict(each) for each in finished]})
         with writing(self.aside):
             (self.aside / FINISHED).unlink()
         shutil.rmtree(self.aside, ignore_errors=True)
 
     def _write(self, *, done: bool, **facts: object) -> None:
-        manifest = {"format": FORMAT, "done": done, "asked": self.asked, **facts}
-        replace(self.out / MANIFEST, json.dumps(manifest, indent=1) + "\n", self.aside)
+        manifest = {"format": FORMAT, "done": done, "asked": self.asked, **self._told, **facts}
+        replace(self.out / self._file, json.dumps(manifest, indent=1) + "\n", self.aside)
 
     def _manifest(self) -> dict[str, Any] | None:
         try:
-            manifest = json.loads((self.out / MANIFEST).read_bytes())
+            manifest = json.loads((self.out / self._file).read_bytes())
             if manifest["format"] != FORMAT or not isinstance(manifest["asked"], dict):
                 raise ValueError(f"format {manifest['format']}")
         except FileNotFoundError:
@@ -136,7 +163,9 @@ class Record:
 
     def _damaged(self, error: Exception) -> DataError:
         said = " ".join(str(error).split())
-        return DataError(f"{self.out / MANIFEST}: cannot be understood ({said}). Use a new folder for the shards.")
+        return DataError(
+            f"{self.out / self._file}: cannot be understood ({said}). Use a new folder for the {self._what}."
+        )
 
 
 def _line(shard: Finished) -> str:

@@ -1,6 +1,6 @@
 """Where the rows of embedding arrays come from: from .npy files, or with the samples themselves."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -9,12 +9,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from eclosion.data.embedding_record import FILE, read_record
 from eclosion.data.embeddings import Kind, array_problem, by_number
+from eclosion.data.folder import FolderSamples
 from eclosion.data.npy import open_npy
 from eclosion.data.source import Sample, Samples, ShardedSamples
 from eclosion.errors import DataError
 
-__all__ = ["ARRAYS", "Rows", "find_rows"]
+__all__ = ["ARRAYS", "Rows", "digest_of_order", "find_rows"]
 
 # Folder of arrays -> what kind they are, and what a sample calls its own. There is none for `text_embed`: arrays beside
 # shards hold one vector per token.
@@ -56,10 +58,43 @@ def find_rows(samples: Samples, given: Mapping[str, Path | None]) -> dict[str, R
     for name, (kind, field) in ARRAYS.items():
         path = given[name]
         if path is not None:
+            _refuse_others(path.expanduser(), samples)
             found[name] = _Given(path.expanduser(), kind, len(samples))
         elif field in brought:
             found[name] = _Brought(field, brought[field])
     return found
+
+
+def digest_of_order(samples: Samples) -> str:
+    """Hash of which images samples are, in their order; of a folder, wherever it lies and whatever its captions are."""
+    digest = blake2b(digest_size=16)
+    names: Iterable[str] = map(samples.name, range(len(samples)))
+    if isinstance(samples, FolderSamples):
+        names = samples.names
+    else:
+        digest.update(samples.fingerprint.encode())
+    for name in names:
+        digest.update(f"{name!r}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _refuse_others(path: Path, samples: Samples) -> None:
+    """Refuse embeddings that are not finished, or say that they are of other samples."""
+    record = read_record(path)
+    if record is None:
+        return
+    if not record.done:
+        raise DataError(f"{path}: {FILE} says that not all embeddings are made. Run `eclosion embed` again first.")
+    if record.order is None:
+        raise DataError(
+            f"{path}: {FILE} says that its rows go by the keys of shards. Name the folder as img_embeddings_url of "
+            "these shards instead."
+        )
+    if record.order != digest_of_order(samples):
+        raise DataError(
+            f"{path}: {FILE} says that these are embeddings of other samples, or in another order. Make them from the "
+            "same source."
+        )
 
 
 class _Brought:

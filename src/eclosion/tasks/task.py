@@ -1,7 +1,7 @@
 """What the loop and the sampling code ask of a task."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from eclosion.diffusion.samplers import OnStep
 from eclosion.errors import ConfigError, did_you_mean
 from eclosion.rng import Generator
 
-__all__ = ["DataFacts", "Drawn", "Task", "TaskPart", "check_wishes"]
+__all__ = ["DataFacts", "Drawn", "Task", "TaskPart", "check_wishes", "one_each", "place_of"]
 
 # a frozen dataclass of tensors, made and read by one task alone
 Drawn = Any
@@ -25,34 +25,72 @@ class DataFacts:
     Attributes:
         size: height and width in pixels.
         class_names: the name of each label, or empty.
+        arrays: shape of what else each sample brings, such as {"image_embed": (768,)}, by the names in
+            `eclosion.data.batch.FIELDS`.
     """
 
     size: tuple[int, int]
     class_names: tuple[str, ...] = ()
+    arrays: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class Task(Protocol):
     """What is trained. Knows networks and mathematics; knows no optimizer, file, process or tracker.
 
     Attributes:
-        nets: networks by name; always called through `__call__`, since they may be wrapped.
+        nets: networks by name, in the order in which sampling calls them; always called through `__call__`, since
+            they may be wrapped.
+        sizes: height and width in pixels of what each network makes.
+        wants: the fields that `conditions` takes from examples of the data, such as ("image_embed",); empty if it
+            needs none.
     """
 
     nets: dict[str, nn.Module]
 
+    @property
+    def sizes(self) -> Mapping[str, tuple[int, int]]: ...
+
+    @property
+    def wants(self) -> tuple[str, ...]: ...
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch with what an encoder adds to it; what is there already is left. No gradient.
+
+        Called once per batch, before all networks, on their device. Frozen encoders are the task's own, and not among
+        `nets`. Skipped images keep their rows.
+        """
+        ...
+
     def draw(self, name: str, batch: Batch, rngs: Sequence[Generator]) -> Drawn:
-        """Every random tensor of a batch; row i comes from rngs[i] alone."""
+        """Every random tensor of a prepared batch; row i comes from rngs[i] alone."""
+        ...
+
+    def validation_draw(self, name: str, batch: Batch, rngs: Sequence[Generator]) -> Drawn:
+        """As `draw`, and no condition is dropped."""
         ...
 
     def loss(self, name: str, batch: Batch, drawn: Drawn) -> Tensor:
         """One number per image: float32 [B], differentiable. No randomness but a network's own dropout."""
         ...
 
-    def conditions(self, indices: Sequence[int]) -> Batch:
-        """What the i-th images of a preview are asked to show."""
+    def conditions(self, indices: Sequence[int], examples: Batch | None = None) -> Batch:
+        """What the images `indices` of a preview are asked to show, one row each.
+
+        Args:
+            indices: their numbers; classes in turn follow from them.
+            examples: a prepared batch whose row k belongs to indices[k]. Of `wants` it has those that the networks
+                to be sampled need, and it need not have an image.
+
+        Raises:
+            ConfigError: if what it has is of another shape than the networks take.
+        """
         ...
 
-    def check_sampling(self, sampler: Any, guidance_scale: float) -> None:
+    def samplers(self, default: Any) -> list[Any]:
+        """The sampler of each network, in the order of `nets`: its own, or `default`."""
+        ...
+
+    def check_sampling(self, sampler: Any, guidance_scale: float | Sequence[float]) -> None:
         """Refuse a sampler or a guidance that this task could not use, before anything is trained."""
         ...
 
@@ -62,18 +100,46 @@ class Task(Protocol):
         rngs: Sequence[Generator],
         *,
         sampler: Any,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | Sequence[float] = 1.0,
         on_step: OnStep | None = None,
+        first: int = 0,
+        last: int | None = None,
+        image: Tensor | None = None,
     ) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1], float32; image i comes from conditions[i] and rngs[i] alone."""
+        """Images [B, 3, H, W] in [-1, 1], float32; image i comes from conditions[i] and rngs[i] alone.
+
+        Args:
+            conditions: what `conditions` gave.
+            rngs: one generator per image.
+            sampler: for the networks that have none of their own; or a list with one for each network of `nets`,
+                which then takes the place of their own.
+            guidance_scale: for all networks, or a list with one for each of `nets`.
+            on_step: called with (step, steps) of the network at work, before each call of it.
+            first, last: the places in `nets` of the networks to begin and to end with, both included; none is the
+                last. The result has the size of network `last`.
+            image: where `first` is not 0, the small images to begin with, [B, 3, h, w] in [-1, 1] of the size that
+                network `first - 1` makes.
+
+        Raises:
+            DataError: if the conditions lack what one of these networks needs.
+        """
         ...
 
     def with_nets(self, nets: Mapping[str, nn.Module]) -> "Task":
         """The same task on other networks, such as averages or data-parallel copies."""
         ...
 
-    def pipeline(self) -> Any:
-        """A diffusers pipeline that holds the networks; UserError if there is none for this task."""
+    def pipeline(self, kind: str | None = None, *, sampler: Any = None, guidance_scale: Any = 1.0) -> Any:
+        """A diffusers pipeline that holds the networks.
+
+        Args:
+            kind: which one, as in `export` of a config; none is the first that the task has.
+            sampler, guidance_scale: what it uses unless it is called with others, if it can hold them.
+
+        Raises:
+            ConfigError: if the task has no pipeline of this kind.
+            UserError: if there is none for this task at all.
+        """
         ...
 
 
@@ -100,6 +166,11 @@ def check_wishes(task: Task, run: RunConfig) -> None:
     ]
     if set(frozen) >= set(task.nets):
         problems.append(f"train.freeze names every network ({', '.join(task.nets)}), so nothing would be trained.")
+    problems += [
+        f"optimizer.networks: {name!r} is no network of this task.{did_you_mean(name, task.nets)}"
+        for name in run.optimizer.networks
+        if name not in task.nets
+    ]
     if run.sample.num_images:
         try:
             task.check_sampling(run.sample.sampler, run.sample.guidance_scale)
@@ -108,4 +179,43 @@ def check_wishes(task: Task, run: RunConfig) -> None:
     if problems:
         raise ConfigError(problems)
     if run.export != "no":
-        task.pipeline()
+        task.pipeline(run.export)
+
+
+def one_each(value: float | Sequence[float], names: Iterable[str], *, what: str) -> list[float]:
+    """A number for each network, from one for all or a list.
+
+    Args:
+        value: one number, or one for each network.
+        names: of the networks, in order.
+        what: the option, for the message.
+
+    Raises:
+        ConfigError: if the list has another length.
+    """
+    known = list(names)
+    if isinstance(value, int | float):
+        return [value] * len(known)
+    if len(value) != len(known):
+        listed = ", ".join(f"{number:g}" for number in value)
+        raise ConfigError(
+            f"{what} has {len(value)} numbers ({listed}), and the networks of this task are {', '.join(known)}. "
+            "Give one number for each, or one for all."
+        )
+    return list(value)
+
+
+def place_of(network: str | int, names: Iterable[str], *, what: str) -> int:
+    """The place of a network in the order of a task's, from its name or its number.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    known = list(names)
+    if isinstance(network, str) and network.isdigit():
+        network = int(network)
+    if isinstance(network, int) and 0 <= network < len(known):
+        return network
+    if network in known:
+        return known.index(network)
+    raise ConfigError(f"{what}: {network!r} is no network of this task.{did_you_mean(str(network), known)}")

@@ -17,7 +17,7 @@ from eclosion.diffusion.samplers import OnStep, levels
 from eclosion.errors import ConfigError, UserError
 from eclosion.registry import PartOf, part
 from eclosion.rng import Generator, randn, uniform
-from eclosion.tasks.task import DataFacts
+from eclosion.tasks.task import DataFacts, one_each
 
 __all__ = ["Unconditional", "UnconditionalTask"]
 
@@ -100,14 +100,35 @@ class UnconditionalTask:
     size: tuple[int, int]
     num_classes: int
 
+    @property
+    def sizes(self) -> Mapping[str, tuple[int, int]]:
+        """{"unet": height and width}."""
+        return {NET: self.size}
+
+    @property
+    def wants(self) -> tuple[str, ...]:
+        """Nothing: classes come in turn."""
+        return ()
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch as it is."""
+        return batch
+
     def draw(self, name: str, batch: Batch, rngs: Sequence[Generator]) -> Draws:
         """Timesteps, noise and hidden classes; row i comes from rngs[i] alone, in this order."""
+        return self._draws(batch, rngs, self.options.class_dropout)
+
+    def validation_draw(self, name: str, batch: Batch, rngs: Sequence[Generator]) -> Draws:
+        """As `draw`, and no class is hidden."""
+        return self._draws(batch, rngs, 0.0)
+
+    def _draws(self, batch: Batch, rngs: Sequence[Generator], class_dropout: float) -> Draws:
         image = batch["image"]
         t = draw_timesteps(self.options.loss, rngs, self.schedule.num_train_timesteps)
         noise = draw_noise(self.options.loss, rngs, image.shape[1:])
         label = None
         if self.num_classes:
-            hidden = uniform(rngs) < self.options.class_dropout
+            hidden = uniform(rngs) < class_dropout
             label = batch["label"].to(image.device).masked_fill(hidden.to(image.device), self.num_classes)
         return Draws(t.to(image.device, non_blocking=True), noise.to(image.device, non_blocking=True), label)
 
@@ -119,23 +140,29 @@ class UnconditionalTask:
         target = prediction.target(kind, x_0, drawn.noise, drawn.t, self.schedule)
         return self.options.loss.per_image(output.float(), target, drawn.t, self.schedule, kind)
 
-    def conditions(self, indices: Sequence[int]) -> Batch:
-        """Classes in turn, or nothing."""
+    def conditions(self, indices: Sequence[int], examples: Batch | None = None) -> Batch:
+        """Classes in turn, or nothing; examples are not looked at."""
         fields = {"label": torch.tensor([i % self.num_classes for i in indices])} if self.num_classes else {}
         return Batch(positions=list(indices), weight=torch.ones(len(indices)), fields=fields)
 
-    def check_sampling(self, sampler: Any, guidance_scale: float) -> None:
+    def samplers(self, default: Any) -> list[Any]:
+        """The default, as the network has none of its own."""
+        return [default]
+
+    def check_sampling(self, sampler: Any, guidance_scale: float | Sequence[float]) -> None:
         """Refuse guidance that was not trained for, and more steps than there are noise levels.
 
         Raises:
             ConfigError: naming what to change.
         """
+        (guidance_scale,) = one_each(guidance_scale, self.nets, what="guidance_scale")
         if guidance_scale != 1 and self.num_classes and self.options.class_dropout == 0:
             raise ConfigError(
                 f"guidance_scale is {guidance_scale:g}, and task.class_dropout is 0, so the network never learns to do "
                 "without its class. Set task.class_dropout=0.1, or guidance_scale=1."
             )
         self._denoiser(None, guidance_scale)
+        (sampler,) = sampler if isinstance(sampler, Sequence) else [sampler]
         levels(self.schedule, sampler.num_inference_steps or self.schedule.num_train_timesteps, "trailing")
 
     @torch.no_grad()
@@ -145,10 +172,15 @@ class UnconditionalTask:
         rngs: Sequence[Generator],
         *,
         sampler: Any,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | Sequence[float] = 1.0,
         on_step: OnStep | None = None,
+        first: int = 0,
+        last: int | None = None,
+        image: Tensor | None = None,
     ) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1]; image i comes from its class and rngs[i] alone."""
+        (guidance_scale,) = one_each(guidance_scale, self.nets, what="guidance_scale")
+        (sampler,) = sampler if isinstance(sampler, Sequence) else [sampler]
         device = next(self.nets[NET].parameters()).device
         label = conditions["label"].to(device) if self.num_classes else None
         denoise = self._denoiser(label, guidance_scale)
@@ -159,18 +191,28 @@ class UnconditionalTask:
         """The same task on other networks."""
         return replace(self, nets=dict(nets))
 
-    def pipeline(self) -> Any:
-        """A DDPMPipeline that makes the same images.
+    def pipeline(self, kind: str | None = None, *, sampler: Any = None, guidance_scale: Any = 1.0) -> Any:
+        """A pipeline that makes the same images, with whatever number of steps it is called.
+
+        Args:
+            kind: "ddpm" or "ddim"; none is the first.
+            sampler, guidance_scale: not looked at, as these pipelines hold neither.
 
         Raises:
+            ConfigError: for another kind.
             UserError: with classes or rectified flow, for which diffusers has no pipeline in pixel space.
         """
-        from diffusers import DDPMPipeline  # heavy: only when a pipeline is wanted
+        from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline  # heavy: only when a pipeline is wanted
 
+        if kind not in (None, "ddpm", "ddim"):
+            raise ConfigError(f"{kind!r} is no pipeline for one network in pixel space. Use ddpm or ddim.")
         if self.num_classes or self.options.prediction_type == "flow":
             kind = "a class-conditional network" if self.num_classes else "rectified flow"
             raise UserError(f"diffusers has no pipeline for {kind} in pixel space. Use `eclosion sample` instead.")
-        return DDPMPipeline(unet=self.nets[NET], scheduler=self._scheduler())
+        scheduler = self._scheduler()
+        if kind == "ddim":
+            return DDIMPipeline(unet=self.nets[NET], scheduler=DDIMScheduler.from_config(scheduler.config))
+        return DDPMPipeline(unet=self.nets[NET], scheduler=scheduler)
 
     def _denoiser(self, label: Tensor | None, guidance_scale: float) -> Denoiser:
         def without_class(x: Tensor, t: Tensor) -> Tensor:

@@ -57,7 +57,11 @@ class Terminal:
             self._bar.start()
 
     def log(self, numbers: Mapping[str, float], *, step: int, samples_seen: int) -> None:
-        """Show loss, speed and the time that remains."""
+        """Show loss, speed and the time that remains; what validation found stays on the terminal."""
+        if any(key.startswith("validation/") for key in numbers):
+            found = "  ".join(f"{key} {value:.5g}" for key, value in numbers.items())
+            self._console.print(f"step {step}/{self._num_steps}  {found}", markup=False)
+            return
         shown = [f"{key.removeprefix('train/')} {numbers[key]:.4f}" for key in numbers if key.startswith("train/loss")]
         shown += [
             f"{key} {value:.4g}" for key, value in numbers.items() if not key.startswith(("train/", "perf/", "sys/"))

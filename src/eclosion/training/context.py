@@ -1,7 +1,9 @@
 """Everything a run works with, and what it does with several of them at once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,11 +18,13 @@ from eclosion.exporting import export_trained
 from eclosion.report import write_report
 from eclosion.rundir import RunDir
 from eclosion.sampling import load_trained
+from eclosion.sampling.examples import Examples, from_samples, opened, prepared, validation_source
 from eclosion.tasks.task import Task
 from eclosion.tracking.tracker import Tracker
 from eclosion.training.distributed import World
 from eclosion.training.signals import StopSignals
 from eclosion.training.state import TrainState
+from eclosion.training.validation import Validation
 
 __all__ = ["Context", "Every"]
 
@@ -30,11 +34,12 @@ MAX_TOLD = 20
 
 @dataclass(frozen=True)
 class Every:
-    """How many steps lie between two of each kind."""
+    """How many steps lie between two of each kind; None is never."""
 
     log: int
     checkpoint: int
     sample: int
+    validate: int | None = None
 
 
 @dataclass
@@ -46,6 +51,7 @@ class Context:
         folder: the run folder.
         device, precision: where and how networks run.
         samples, loader, ledger: the data, its batches by position, and their account.
+        validation: the data that is not trained on, if there is any to validate with.
         task: on the prepared networks.
         state: what changes as the run goes.
         store, tracker: checkpoints, and numbers; only the leading process writes.
@@ -69,13 +75,15 @@ class Context:
     stop: StopSignals
     every: Every
     meta: dict[str, Any]
+    validation: Validation | None = None
     _recorded: int = 0
     _skipped: list[Skip] = field(default_factory=list)
 
     def looks_at_device(self) -> bool:
         """Whether a scalar may be read now: on a CPU always, else only when something else reads one."""
         every, state = self.every, self.state
-        return self.device.type == "cpu" or any(map(state.due, (every.log, every.checkpoint, every.sample)))
+        often = (every.log, every.checkpoint, every.sample, every.validate)
+        return self.device.type == "cpu" or any(map(state.due, often))
 
     def account(self, micro_batches: Sequence[Batch]) -> None:
         """Enter a step into the ledger; processes pool what they skipped when an epoch ends."""
@@ -104,13 +112,46 @@ class Context:
         files, numbers = self.state.tensors(), self.state.numbers(self.world)
         if self.world.leads:
             state = numbers | {"ledger": self.ledger.state()}
-            self.store.save(self.state.step, files, state, self.meta, wait=wait)
+            best = self.state.scores.best if self.run.checkpoint.keep_best else None
+            self.store.save(self.state.step, files, state, self.meta, keep=best.step if best else None, wait=wait)
         self.world.barrier()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[Task]:
+        """The task on the networks that make pictures, which are in eval mode inside the block."""
+        nets = {name: stage.sampled for name, stage in self.state.stages.items()}
+        before = {name: net.training for name, net in nets.items()}
+        for net in nets.values():
+            net.eval()
+        try:
+            yield self.task.with_nets(nets)
+        finally:
+            for name, net in nets.items():
+                net.train(before[name])
 
     def preview_missing(self) -> bool:
         """Whether the grid of this step was due and is not there: at step 0, or after a kill."""
         missing = self.state.due(self.every.sample) and not self.folder.sample_grid(self.state.step).exists()
         return bool(self.world.from_leader(missing))
+
+    def validation_missing(self) -> bool:
+        """Whether the validation of this step was due and was not made: at step 0, or after a signal."""
+        return self.state.due(self.every.validate) and self.state.scores.step != self.state.step
+
+    @cached_property
+    def examples(self) -> Examples | None:
+        """What previews are made from: the first samples of the validation data, or of the training data."""
+        count = self.run.sample.num_images
+        if not self.task.wants or not count:
+            return None
+        with self.world.leaving(self.stop), ExitStack() as stack:  # a server may keep it waiting
+            samples = self.validation.samples if self.validation else None
+            if samples is None and (source := validation_source(self.run)):
+                samples = stack.enter_context(opened(source))
+            batch = from_samples(samples or self.samples, self.run.data, count, seed=self.run.seed)
+        agree = partial(self.world.agree_to_stop, self.stop)
+        agree()
+        return prepared(self.task, batch, self.device, agree=agree)
 
     def finish(self) -> None:
         """What follows the last step: the checkpoint on disk, the pipeline, the report. Can be left and done again."""

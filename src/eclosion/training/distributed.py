@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from eclosion.errors import ConfigError, UserError
-from eclosion.training.signals import StopSignals
+from eclosion.training.signals import StopRequested, StopSignals
 
 __all__ = ["World", "world"]
 
@@ -96,6 +96,20 @@ class World:
         """Leave through `StopRequested` on every process if a signal has come to any."""
         stop.received = self.highest(stop.received)
         stop.on_step()
+
+    @contextmanager
+    def leaving(self, stop: StopSignals) -> Iterator[None]:
+        """A wait for data that a signal may end at once, through `StopRequested` on every process.
+
+        The next meeting of processes after such a wait must be `agree_to_stop`. A process that leaves goes there
+        straight away; the others wait there for it already, or come there, or leave their own wait.
+        """
+        try:
+            with stop.leaving():
+                yield
+        except StopRequested:
+            self.agree_to_stop(stop)
+            raise
 
     def gather(self, value: Any) -> list[Any]:
         """One small object from each process, in the order of their ranks, on every process."""

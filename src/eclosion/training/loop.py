@@ -7,13 +7,14 @@ from eclosion.data.source import Samples
 from eclosion.device import autocast, memory_gb
 from eclosion.errors import Interrupted
 from eclosion.report import write_report
-from eclosion.sampling import grid, make_images, save_png
+from eclosion.sampling import make_images, save_png, sheet_of
 from eclosion.training.context import Context
 from eclosion.training.distributed import World
-from eclosion.training.drawing import draw
+from eclosion.training.drawing import draw, prepared
 from eclosion.training.replay import diverged
 from eclosion.training.signals import StopRequested, StopSignals
 from eclosion.training.start import start
+from eclosion.training.validation import validate
 
 __all__ = ["run_until_done"]
 
@@ -38,19 +39,23 @@ def run_until_done(
     with start(run, samples, world=world, stop=stop, resume=resume, accept=accept) as c:
         state = c.state
         warm_up(c)
+        if c.validation_missing() and (validate(c, stop) or state.done):
+            c.save()  # the checkpoint of this step does not know its score yet
         if c.preview_missing():
             preview(c, stop)
         steps = c.loader.steps(state.samples_seen)
         clock = Clock(state.samples_seen)
         try:
             while not state.done:
-                with clock.waiting(), stop.leaving(allowed=world.size == 1):  # a server may keep it waiting
+                with clock.waiting(), world.leaving(stop):  # a server may keep it waiting
                     micro_batches = next(steps)
                 for stage in state.trained:  # frozen stages are in the checkpoint, not in here
                     for i, batch in enumerate(micro_batches):
                         if stage is state.trained[0]:  # a step is dropped whole or made whole
                             world.agree_to_stop(stop)
-                        here = batch.to(c.device)
+                            here, micro_batches[i] = prepared(c.task, batch, c.device)
+                        else:
+                            here = batch.to(c.device)
                         drawn = draw(c.task, stage.name, here, run.seed, state.step, i, world.rank)
                         with world.without_sync(stage.net, last=i + 1 == len(micro_batches)):
                             with autocast(c.device, c.precision):
@@ -65,7 +70,10 @@ def run_until_done(
                 if state.due(c.every.log):
                     numbers = state.summary(world) | clock.read(state.samples_seen)
                     c.log(numbers | {"sys/memory_gb": memory_gb(c.device)})
-                if state.due(c.every.checkpoint):  # before anything that may fail
+                # The checkpoint says how its own weights score, so it comes after. What could make a validation fail
+                # has shown itself before the first step.
+                best = state.due(c.every.validate) and validate(c, stop)
+                if best or state.due(c.every.checkpoint):  # before anything else that may fail
                     c.save()
                 if state.due(c.every.sample):
                     preview(c, stop)
@@ -96,7 +104,10 @@ def warm_up(c: Context) -> None:
         return
     share = c.loader.micro_batch_size
     first = c.state.samples_seen + c.world.rank * share
-    batch = c.loader.batch_at(range(first, first + share)).to(c.device)
+    with c.world.leaving(c.stop):  # a server may keep it waiting
+        batch = c.loader.batch_at(range(first, first + share))
+    c.world.agree_to_stop(c.stop)
+    batch, _ = prepared(c.task, batch, c.device)
     for stage in c.state.trained:
         buffers = [buffer.clone() for buffer in stage.module.buffers()]
         with autocast(c.device, c.precision):
@@ -114,27 +125,22 @@ def preview(c: Context, stop: StopSignals) -> None:
     """
     options, state = c.run.sample, c.state
     if options.num_images:
-        nets = {name: stage.sampled for name, stage in state.stages.items()}
-        before = {name: net.training for name, net in nets.items()}
-        for net in nets.values():
-            net.eval()
         try:
-            images = make_images(
-                c.task.with_nets(nets),
-                range(options.num_images),
-                seed=options.seed,
-                sampler=options.sampler,
-                guidance_scale=options.guidance_scale,
-                precision=c.precision,
-                on_step=lambda *_: c.world.agree_to_stop(stop),  # all leave at the same call, or none
-            )
+            with c.evaluating() as task:
+                images = make_images(
+                    task,
+                    range(len(c.examples) if c.examples else options.num_images),
+                    seed=options.seed,
+                    sampler=options.sampler,
+                    guidance_scale=options.guidance_scale,
+                    precision=c.precision,
+                    on_step=lambda *_: c.world.agree_to_stop(stop),  # all leave at the same call, or none
+                    examples=c.examples,
+                )
         except StopRequested:
             return
-        finally:
-            for name, net in nets.items():
-                net.train(before[name])
         if c.world.leads:
-            path = save_png(grid(images), c.folder.sample_grid(state.step))
+            path = save_png(sheet_of(images, c.examples), c.folder.sample_grid(state.step))
             c.tracker.log_image(path, step=state.step)
     if c.world.leads:
         write_report(c.folder.root)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 from eclosion.config.schema import OptimizerConfig
 
 __all__ = ["AdamW", "LossScale", "grad_norm", "learning_rate"]
+
+# What is kept for each parameter, in the order in which the kernel takes it.
+SLOTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 class AdamW:
@@ -33,10 +37,14 @@ class AdamW:
             p: {"step": count, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             for p, count in zip(self.parameters, self._counts, strict=True)
         }
-        self._weights = [_local(p) for p in self.parameters]
-        self._steps, self._first, self._second = (
-            [_local(slots[name]) for slots in self.slots.values()] for name in ("step", "exp_avg", "exp_avg_sq")
-        )
+        slots = self.slots.values()
+        lists = [_local(p) for p in self.parameters], *([_local(s[k]) for s in slots] for k in SLOTS)
+        decays = [config.weight_decay if _decays(p, config) else 0.0 for p in self.parameters]
+        self._groups = [  # one kernel for each
+            _Group(decay, which, [[tensors[i] for i in which] for tensors in lists])
+            for decay in sorted(set(decays))
+            if (which := [i for i, own in enumerate(decays) if own == decay])
+        ]
 
     @torch.no_grad()
     def step(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
@@ -47,31 +55,57 @@ class AdamW:
             found_inf: float32 scalar on the device; nothing changes where it is 1.
         """
         used = [i for i, p in enumerate(self.parameters) if p.grad is not None]
-        lists = [self._weights, self._first, self._second, self._steps]
         one = 1 if found_inf is None else 1 - found_inf
         if len(used) == len(self.parameters):
             self._counts.add_(one)
         else:
             self._counts[used] += one
-            lists = [[tensors[i] for i in used] for tensors in lists]
+        for group in self._groups:
+            self._move(group, grad_scale, found_inf)
+
+    def _move(self, group: "_Group", grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        grads = [self.parameters[i].grad for i in group.which]
+        lists = group.lists
+        if any(grad is None for grad in grads):
+            lists = [[t for t, grad in zip(tensors, grads, strict=True) if grad is not None] for tensors in lists]
         weights, first, second, steps = lists
-        torch._fused_adamw_(
-            weights,
-            [_local(p.grad) for p in self.parameters if p.grad is not None],
-            first,
-            second,
-            [],
-            steps,
-            lr=self.lr,
-            beta1=self.config.betas[0],
-            beta2=self.config.betas[1],
-            weight_decay=self.config.weight_decay,
-            eps=self.config.epsilon,
-            amsgrad=False,
-            maximize=False,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-        )
+        if weights:
+            torch._fused_adamw_(
+                weights,
+                [_local(grad) for grad in grads if grad is not None],
+                first,
+                second,
+                [],
+                steps,
+                lr=self.lr,
+                beta1=self.config.betas[0],
+                beta2=self.config.betas[1],
+                weight_decay=group.weight_decay,
+                eps=self.config.epsilon,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+            )
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Parameters with one weight decay.
+
+    Attributes:
+        weight_decay: theirs.
+        which: their places among all.
+        lists: their weights, and their slots in the order of `SLOTS`.
+    """
+
+    weight_decay: float
+    which: list[int]
+    lists: list[list[Tensor]]
+
+
+def _decays(parameter: Tensor, config: OptimizerConfig) -> bool:
+    return config.decay == "all" or parameter.ndim >= 2
 
 
 def _local(tensor: Tensor) -> Tensor:

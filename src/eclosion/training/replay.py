@@ -13,7 +13,7 @@ from eclosion.registry import dump
 from eclosion.rng import generator
 from eclosion.tracking.tracker import write_json
 from eclosion.training.distributed import full_tensors
-from eclosion.training.drawing import draw
+from eclosion.training.drawing import draw, prepared
 
 if TYPE_CHECKING:
     from eclosion.training.context import Context
@@ -35,7 +35,7 @@ def diverged(c: "Context") -> TrainingDiverged:
     first = c.state.samples_seen - (c.state.step - step) * c.run.train.batch_size
     share = c.run.train.batch_size // c.world.size
     mine = range(first + c.world.rank * share, first + (c.world.rank + 1) * share)
-    batch = c.loader.batch_at(mine)
+    batch, _ = prepared(c.task, c.loader.batch_at(mine), c.device)
     drawn = c.task.draw(name, batch, [generator(c.run.seed, "loss", name, p) for p in mine])
     losses = _losses(c, name, step, mine)
     bad = [i for i in range(len(batch)) if not torch.isfinite(losses[i])]
@@ -76,7 +76,7 @@ def _losses(c: "Context", name: str, step: int, positions: range) -> Tensor:
     size = c.loader.micro_batch_size
     found = []
     for i in range(len(positions) // size):
-        batch = c.loader.batch_at(positions[i * size : (i + 1) * size]).to(c.device)
+        batch, _ = prepared(task, c.loader.batch_at(positions[i * size : (i + 1) * size]), c.device)
         drawn = draw(task, name, batch, c.run.seed, step, i, c.world.rank)
         with torch.no_grad(), autocast(c.device, c.precision):
             found.append(task.loss(name, batch, drawn).cpu())

@@ -34,6 +34,7 @@ def train(
     dataset: Any = None,
     resume: str = "auto",
     accept_changes: bool = False,
+    lenient: bool = False,
 ) -> Path:
     """Train a model, from scratch or from where the run stands.
 
@@ -44,6 +45,7 @@ def train(
         resume: "auto" goes on from the newest whole checkpoint, "never" starts anew, and the path of a
             checkpoint starts from it.
         accept_changes: whether changed schedule keys, such as the duration, are accepted on resume.
+        lenient: whether unknown keys of the config are left out with a warning, and not refused.
 
     Returns:
         The run folder.
@@ -53,8 +55,8 @@ def train(
     """
     if dataset is not None:
         overrides = [*overrides, "data.source=dataset"]
-    loaded = load(config, overrides)
-    for note in loaded.notes:
+    loaded = load(config, overrides, lenient=lenient)
+    for note in loaded.notes if os.environ.get("RANK", "0") == "0" else ():  # once, not by every process of torchrun
         warnings.warn(note, stacklevel=2)
     run = loaded.run
     with StopSignals() as stop, _told(run):

@@ -57,15 +57,8 @@ class StopSignals:
             raise StopRequested
 
     @contextmanager
-    def leaving(self, *, allowed: bool) -> Iterator[None]:
-        """A wait that a signal may end at once, through `StopRequested`, as nothing is under way in it.
-
-        Args:
-            allowed: not where other processes must leave at the same place.
-        """
-        if not allowed:
-            yield
-            return
+    def leaving(self) -> Iterator[None]:
+        """A wait that a signal may end at once, through `StopRequested`, as nothing is under way in it."""
         before, self.saves_first = self.saves_first, False
         try:
             self.on_step()

@@ -14,7 +14,7 @@ from eclosion.checkpoint.store import CheckpointStore
 from eclosion.config.schema import RunConfig, last_step, steps_in
 from eclosion.data.ledger import Ledger
 from eclosion.data.loader import Loader
-from eclosion.data.source import Samples, ShardedSamples
+from eclosion.data.source import Samples, ShardedSamples, array_shapes
 from eclosion.device import environment, pick_device, pick_precision
 from eclosion.errors import ConfigError
 from eclosion.exporting import clean_exports
@@ -26,8 +26,10 @@ from eclosion.tracking.tracker import Tracker, write_json
 from eclosion.training.context import Context, Every
 from eclosion.training.distributed import World
 from eclosion.training.origin import Origin, clear, find_origin
+from eclosion.training.scores import Scores
 from eclosion.training.signals import StopSignals
 from eclosion.training.state import Stage, TrainState
+from eclosion.training.validation import Validation, open_validation
 
 __all__ = ["start"]
 
@@ -69,22 +71,25 @@ def start(
         origin = world.lead(lambda: _origin(run, folder, store, epoch_samples, resume, accept))
         loaded = store.load(origin.checkpoint) if origin.checkpoint else None
 
-        facts = DataFacts(size=run.data.size, class_names=samples.class_names)
+        facts = DataFacts(size=run.data.size, class_names=samples.class_names, arrays=array_shapes(samples))
         task, state = _networks(run, facts, world, device, fp16=precision == "fp16")
         meta = _meta(run, samples, facts, epoch_samples, device, precision, world) | {
             "started_from": origin.started_from
         }
-        before = dict(loaded.manifest.meta) if loaded else None
+        before, account = dict(loaded.manifest.meta) if loaded else None, None
         if loaded and before:
             _check_data(before, meta, str(origin.checkpoint))
             state.load(loaded.files, loaded.state, leads=world.leads)
+            account = _account(loaded.state, state, epoch_samples)
+        validation = stack.enter_context(open_validation(run, facts, world))
+        notes = _compare_scores(state, validation, origin, folder)
         state.num_steps = _num_steps(run, state, epoch_samples)
         # Nothing of an old run is removed before the new one is known to be possible.
         if origin.replaces and world.leads:
             clear(folder)
         world.barrier()
         ledger = Ledger.restore(
-            loaded.state["ledger"] if loaded else None,
+            account,
             folder.ledger if world.leads else None,
             num_samples=epoch_samples,
             max_bad_fraction=run.data.max_bad_fraction,
@@ -99,6 +104,8 @@ def start(
             for note in samples.notes if isinstance(samples, ShardedSamples) else []:
                 tracker.say(note)
             _tell(tracker, state, store, origin, before, meta)
+            for note in notes:
+                tracker.say(note)
         c = Context(
             run=run,
             world=world,
@@ -115,6 +122,7 @@ def start(
             stop=stop,
             every=_every(run, epoch_samples),
             meta=meta,
+            validation=validation,
             _recorded=state.samples_seen,
         )
         stop.saves_first = True
@@ -186,12 +194,20 @@ def _origin(
 
 
 def _check_data(before: Mapping[str, Any], meta: Mapping[str, Any], where: str) -> None:
-    if before["fingerprint"] != meta["fingerprint"]:
+    if before["fingerprint"] not in (None, meta["fingerprint"]):  # none: imported, and nobody knows the data
         raise ConfigError(
             f"The data is not what {where} was trained on: its fingerprint was {before['fingerprint']}, "
             f"and is {meta['fingerprint']}. "
             "Put the data back, or choose another output folder."
         )
+
+
+def _account(loaded: Mapping[str, Any], state: TrainState, epoch_samples: int) -> dict[str, Any]:
+    """The account of a checkpoint; an imported one has none, as its epochs had another order, and begins one anew."""
+    if "ledger" in loaded:
+        return dict(loaded["ledger"])
+    state.samples_seen -= state.samples_seen % epoch_samples
+    return Ledger(None, epoch_samples, position=state.samples_seen).state()
 
 
 def _meta(
@@ -204,10 +220,16 @@ def _meta(
     world: World,
 ) -> dict[str, Any]:
     splits = {"splits": dict(samples.splits)} if isinstance(samples, ShardedSamples) else {}
+    arrays = {name: list(shape) for name, shape in facts.arrays.items()}
     return {
         "config": dump(run),
         "fingerprint": samples.fingerprint,
-        "facts": {"class_names": list(facts.class_names), "num_samples": epoch_samples, **splits},
+        "facts": {
+            "class_names": list(facts.class_names),
+            "arrays": arrays,
+            "num_samples": epoch_samples,
+            **splits,
+        },
         "environment": environment(device) | {"precision": precision, "world_size": world.size},
     }
 
@@ -216,7 +238,27 @@ def _every(run: RunConfig, epoch_samples: int) -> Every:
     def steps(duration: str) -> int:
         return steps_in(duration, batch_size=run.train.batch_size, epoch_samples=epoch_samples)
 
-    return Every(steps(run.track.every), steps(run.checkpoint.every), steps(run.sample.every))
+    validate = run.validate.every
+    return Every(
+        log=steps(run.track.every),
+        checkpoint=steps(run.checkpoint.every),
+        sample=steps(run.sample.every),
+        validate=None if validate is None else steps(validate),
+    )
+
+
+def _compare_scores(state: TrainState, validation: Validation | None, origin: Origin, folder: RunDir) -> list[str]:
+    """Forget the validation losses that the next ones do not compare with; what to say of that."""
+    if validation is None:
+        return []
+    now = validation.measured_on([stage.name for stage in state.trained])
+    before = state.scores
+    elsewhere = origin.checkpoint is not None and origin.checkpoint.parent != folder.checkpoints
+    if before.measured_on != now or elsewhere:
+        state.scores = Scores(measured_on=now)
+    if before.measured_on in ("", now):
+        return []
+    return [f"validation is on {now}, and was on {before.measured_on}: the best loss so far is forgotten"]
 
 
 def _tell(

@@ -13,6 +13,7 @@ from eclosion.errors import CheckpointError
 from eclosion.training.distributed import World, full_tensors, put
 from eclosion.training.ema import Ema
 from eclosion.training.optim import AdamW, LossScale, grad_norm, learning_rate
+from eclosion.training.scores import Scores
 
 __all__ = ["Stage", "TrainState"]
 
@@ -27,6 +28,8 @@ class Stage:
         name: the network's name in its task.
         module: the network itself.
         net: the network as the loop calls it, wrapped for several processes.
+        options: of its optimizer: those of all networks, and what differs for this one.
+        max_grad_norm: of its gradients; None leaves them.
         emas: its averages, in the order of `ema.decays`.
         loss_sum: float64 scalar on the device, the losses of delivered images since the last log.
         loss_count: float64 scalar on the device, how many those were.
@@ -58,7 +61,9 @@ class Stage:
         ]
         if train.compile:
             self.net.compile()
-        self.optimizer = AdamW(self.module.parameters(), config.optimizer) if self.trained else None
+        self.options = config.optimizer.of_network(name)
+        self.max_grad_norm = config.max_grad_norm_of(name)
+        self.optimizer = AdamW(self.module.parameters(), self.options) if self.trained else None
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.scale = LossScale(device, enabled=fp16)
         exact = torch.float32 if device.type == "mps" else torch.float64
@@ -98,7 +103,7 @@ class Stage:
         self.failed_at = torch.where((self.failed_at < 0) & failed, step, self.failed_at)
         self.norm = norm / self.scale.value
         skip = overflow | (self.failed_at >= 0)
-        self.optimizer.lr = learning_rate(self.config.optimizer, step, num_steps)
+        self.optimizer.lr = learning_rate(self.options, step, num_steps)
         self._step(skip)
         if self.device.type == "cuda":
             self._average(step, skip.float())
@@ -118,10 +123,9 @@ class Stage:
 
     def _step(self, skip: Tensor) -> None:
         assert self.optimizer is not None
-        limit = self.config.train.max_grad_norm
         divisor = self.scale.value
-        if limit is not None:
-            divisor = divisor * (self.norm / limit).clamp(min=1)
+        if self.max_grad_norm is not None:
+            divisor = divisor * (self.norm / self.max_grad_norm).clamp(min=1)
         if self.device.type == "mps":  # whose kernel divides no gradients
             if not skip:
                 torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], float(divisor))
@@ -207,6 +211,7 @@ class TrainState:
         step: updates so far.
         samples_seen: images so far, over all processes; the position in the data.
         last_loss: loss at the last log, by stage.
+        scores: what validation has found.
     """
 
     stages: dict[str, Stage]
@@ -215,6 +220,7 @@ class TrainState:
     step: int = 0
     samples_seen: int = 0
     last_loss: dict[str, float] = field(default_factory=dict)
+    scores: Scores = field(default_factory=Scores)
 
     @property
     def trained(self) -> list[Stage]:
@@ -226,9 +232,9 @@ class TrainState:
         """Whether the run has made all its updates."""
         return self.step >= self.num_steps
 
-    def due(self, every_steps: int) -> bool:
-        """Whether something that happens every so many steps happens now; always after the last step."""
-        return self.step % every_steps == 0 or self.done
+    def due(self, every_steps: int | None) -> bool:
+        """Whether something that happens every so many steps happens now; always after the last step; None is never."""
+        return every_steps is not None and (self.step % every_steps == 0 or self.done)
 
     def advance(self) -> None:
         """Count one update."""
@@ -265,7 +271,13 @@ class TrainState:
     def numbers(self, world: World) -> dict[str, Any]:
         """What a checkpoint keeps besides tensors. Every process must ask."""
         losses = {s.name: [float(world.sum(t.clone())) for t in (s.loss_sum, s.loss_count)] for s in self.trained}
-        return {"step": self.step, "samples_seen": self.samples_seen, "losses": losses, "last_loss": self.last_loss}
+        return {
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "losses": losses,
+            "last_loss": self.last_loss,
+            "validation": self.scores.as_dict(),
+        }
 
     def load(self, files: Mapping[str, Mapping[str, Tensor]], numbers: Mapping[str, Any], *, leads: bool) -> None:
         """Put back what `tensors` and `numbers` gave."""
@@ -276,3 +288,4 @@ class TrainState:
             stage.loss_count.fill_(count if leads else 0)
         self.step, self.samples_seen = numbers["step"], numbers["samples_seen"]
         self.last_loss = dict(numbers["last_loss"])
+        self.scores = Scores.from_dict(numbers.get("validation", {}))

@@ -1,0 +1,179 @@
+"""What the user of a DALLE2-pytorch decoder config should know of its translation, one line each."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from eclosion.config.dalle2_data import arrival, clip_side
+from eclosion.config.dalle2_per_unet import encodes, follows, per_unet, schedules
+from eclosion.config.dalle2_schema import DecoderFile, TrackerSave
+from eclosion.config.dalle2_unused import unused
+
+__all__ = ["notes_of"]
+
+
+def notes_of(file: DecoderFile, written: Mapping[str, Any], *, world_size: int) -> list[str]:
+    """The notes, in the order of the file.
+
+    Args:
+        file: a config in which nothing is wrong.
+        written: path -> value of every key that is given and not null, such as "decoder.unets[0].dim".
+        world_size: processes that share the work.
+    """
+    return [
+        *_readme(file, written),
+        *_decoder(file, written),
+        *_embeddings(file),
+        *_data(file, world_size),
+        *_training(file),
+        *_tracker(file),
+        *_evaluation(written),
+        *_dead(file, written),
+    ]
+
+
+def _readme(file: DecoderFile, written: Mapping[str, Any]) -> Iterator[str]:
+    """Defaults that the README and the code tell differently, where they are used."""
+    several = len(file.decoder.unets) > 1 and file.decoder.beta_schedule is not None
+    used = {
+        "decoder.beta_schedule": "is cosine for every U-Net (linear for the last)" if several else "",
+        "train.ema_beta": "is 0.99 (0.999)" if file.train.use_ema else "",
+        "tracker.data_path": "is ./.tracker-data (.tracker_data)",
+    }
+    said = [f"{key} {text}" for key, text in used.items() if text and key not in written]
+    if said:
+        yield f"Defaults are those of the README, in brackets those of the original's code: {', '.join(said)}."
+
+
+def _decoder(file: DecoderFile, written: Mapping[str, Any]) -> Iterator[str]:
+    decoder = file.decoder
+    if written.get("decoder.learned_variance") and decoder.learned_variance is True and len(decoder.unets) > 1:
+        yield (
+            "decoder.learned_variance true is for the first U-Net alone, as in the original. Give a list for others: "
+            f"[{', '.join(['true'] * len(decoder.unets))}]."
+        )
+    if "jsd" in per_unet(decoder.beta_schedule, 1):
+        yield "decoder.beta_schedule jsd ends in noise alone, which gave NaN in the original; here it works."
+    for name in sorted({"linear", "quadratic"} & set(schedules(decoder)) if decoder.timesteps == 20 else ()):
+        yield f"decoder.timesteps 20 makes {name} end in noise alone, which gave NaN in the original; here it works."
+    works = "had no effect in the original, and has one here"
+    for key in ("clip_denoised", "clip_x_start"):
+        if not getattr(decoder, key):
+            yield f"decoder.{key} {works}: estimates are not kept in [-1, 1] in sampling."
+    if still := [i for i, unet in enumerate(decoder.unets) if not unet.attend_at_middle]:
+        yield f"{_unets(still, 'attend_at_middle')} {works}: the bottleneck has no self-attention."
+    if any(scale != 1 for scale in per_unet(file.train.cond_scale, 1)) and not decoder.unconditional:
+        yield f"train.cond_scale {works}: grids are sampled with it."
+
+
+def _unets(which: list[int], key: str) -> str:
+    return " and ".join(f"decoder.unets[{i}].{key}" for i in which)
+
+
+def _embeddings(file: DecoderFile) -> Iterator[str]:
+    data, clip = file.data, file.decoder.clip
+    if follows(file, "image") and not clip and not data.img_embeddings_url:
+        yield (
+            "data.img_embeddings_url and decoder.clip are not given, so image embeddings are read from the shards "
+            "(.img_emb.npy or .npy)."
+        )
+    if follows(file, "text") and not data.text_embeddings_url:
+        yield (
+            "data.text_embeddings_url is not given, so text encodings are read from the shards (.text_emb.npy)"
+            + ("; decoder.clip makes none here." if clip else ".")
+        )
+
+
+def _data(file: DecoderFile, world_size: int) -> Iterator[str]:
+    if world_size > 1:
+        yield (
+            f"data.batch_size counts the images of one process: {file.data.batch_size} on each of {world_size} makes "
+            f"train.batch_size={file.data.batch_size * world_size}."
+        )
+    found = arrival(file)
+    if found.added:
+        yield (
+            "data.preprocessing leaves images of different sizes, so they are scaled and cropped to "
+            f"{found.size[1]}x{found.size[0]} pixels (data.image_size); each U-Net gets its own from them."
+        )
+    if file.decoder.clip and encodes(file) and min(found.size) < (side := clip_side(file.decoder.clip)):
+        yield (
+            f"data.preprocessing makes images of {min(found.size)} pixels, which are enlarged to {side} for "
+            "decoder.clip."
+        )
+
+
+def _training(file: DecoderFile) -> Iterator[str]:
+    train = file.train
+    if train.epoch_samples is not None and not file.data.resample_train:
+        yield (
+            "train.epochs x train.epoch_samples is the length of the run, "
+            f"{train.epochs * train.epoch_samples} samples. Passes over the data "
+            "go on where they stood after epoch_samples, so that none is left out; the original began anew."
+        )
+    if train.use_ema:
+        yield (
+            f"train.ema_beta {train.ema_beta:g} is applied at every step; in the original at every tenth, which is "
+            f"{train.ema_beta**0.1:.4g} here."
+        )
+    if (index := re.fullmatch(r"cuda:(\d+)", train.device or "")) and int(index[1]) > 0:
+        yield f"train.device {train.device} is taken as cuda. Which one it is says CUDA_VISIBLE_DEVICES={index[1]}."
+    if file.data.splits.val == 0:
+        yield "data.splits.val is 0, so there is no validation, and no best checkpoint."
+
+
+def _tracker(file: DecoderFile) -> Iterator[str]:
+    tracker = file.tracker
+    if tracker.log.log_type == "wandb":
+        yield (
+            "tracker.log wandb is not there yet: numbers go to the console and to metrics.jsonl in the run folder, "
+            "grids to samples in it."
+        )
+    if tracker.load and tracker.load.load_from:
+        yield (
+            "tracker.load.load_from is accepted, and has no effect: only_auto_resume is true, and a run that goes on "
+            "does so from its own newest checkpoint."
+        )
+    for i, save in enumerate(tracker.save):
+        yield from _save(f"tracker.save[{i}]", save)
+
+
+def _save(path: str, save: TrackerSave) -> Iterator[str]:
+    wanted = {key: getattr(save, key) for key in ("save_latest_to", "save_best_to", "save_meta_to")}
+    said = [f"{path}.{key} ({to})" for key, to in wanted.items() if to]
+    yield (
+        f"{_listed(said)} not written there: the newest checkpoints, the best one if it is wanted, and the config "
+        "stand in the run folder."
+    )
+    if save.save_to != "local":
+        yield f"{path}.save_to {save.save_to} is not there yet: nothing is uploaded."
+    if save.save_type == "model":
+        yield (
+            f"{path}.save_type model is accepted, and has no effect: each checkpoint has its averaged weights "
+            "in a file apart."
+        )
+
+
+def _evaluation(written: Mapping[str, Any]) -> Iterator[str]:
+    given = sorted({".".join(path.split(".")[:2]) for path in written if path.startswith("evaluate.")})
+    if given:
+        yield f"{_listed(given)} accepted, and {_has(given)} no effect yet: metrics are not computed."
+
+
+def _dead(file: DecoderFile, written: Mapping[str, Any]) -> Iterator[str]:
+    """Keys that are given and have no effect, together with others for the same reason."""
+    by_reason: dict[str, list[str]] = {}
+    for path, reason in unused(file, written):
+        paths = by_reason.setdefault(reason, [])
+        paths += [path] if path not in paths else []
+    for reason, paths in by_reason.items():
+        yield f"{_listed(paths)} accepted, and {_has(paths)} no effect: {reason}."
+
+
+def _listed(paths: list[str]) -> str:
+    said = " and ".join([", ".join(paths[:-1]), paths[-1]] if len(paths) > 1 else paths)
+    return f"{said} {'is' if len(paths) == 1 else 'are'}"
+
+
+def _has(paths: list[str]) -> str:
+    return "has" if len(paths) == 1 else "have"

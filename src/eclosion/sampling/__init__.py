@@ -1,0 +1,310 @@
+"""From a task, or from a run folder, to images on disk."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import ValidationError
+from torch import Tensor
+
+from eclosion.config.schema import RunConfig
+from eclosion.data.batch import Batch
+from eclosion.data.folder import FolderSource
+from eclosion.data.source import Samples, Split, part_of_data
+from eclosion.diffusion.samplers import OnStep
+from eclosion.errors import ConfigError, DataError
+from eclosion.registry import build, dump
+from eclosion.sampling.examples import (
+    Examples,
+    from_arrays,
+    from_samples,
+    opened,
+    prepared,
+    read_array,
+    validation_source,
+)
+from eclosion.sampling.making import make_images
+from eclosion.sampling.pictures import grid, pairs, save_png, to_uint8
+from eclosion.sampling.trained import TrainedTask, load_trained
+from eclosion.tasks.task import Task, place_of
+
+__all__ = [
+    "Examples",
+    "TrainedTask",
+    "grid",
+    "load_trained",
+    "make_images",
+    "pairs",
+    "sample",
+    "save_png",
+    "sheet_of",
+    "to_uint8",
+]
+
+# How many images are made where nothing says it.
+NUM_IMAGES = 16
+
+
+def sample(
+    folder: str | Path,
+    *,
+    num_images: int | None = None,
+    seed: int = 0,
+    sampler: str | None = None,
+    num_inference_steps: int | Sequence[int] | None = None,
+    guidance_scale: float | Sequence[float] | None = None,
+    embeddings: str | Path | NDArray[Any] | None = None,
+    text_encodings: str | Path | NDArray[Any] | None = None,
+    images: str | Path | None = None,
+    from_data: Split | None = None,
+    first: str | int = 0,
+    last: str | int | None = None,
+    checkpoint: str | int = "latest",
+    out: str | Path | None = None,
+    batch_size: int = 16,
+    device: str = "auto",
+    on_step: OnStep | None = None,
+) -> Path:
+    """Make images with a trained run.
+
+    What a task follows, such as embeddings, comes from `embeddings`, `images` or `from_data`; without any of them from
+    the run's validation data, or else from its training data. Image i is made from the i-th of them, and from the
+    first again when all had their turn.
+
+    Args:
+        folder: a run folder, or one checkpoint in it.
+        num_images: how many; none makes as many as there are embeddings or images, or else 16.
+        seed: image i depends on this, on i, and on what it is made from.
+        sampler: name of a sampler; none takes the run's own.
+        num_inference_steps: network calls per image, for all networks or one number for each; none takes the
+            sampler's default.
+        guidance_scale: how strongly images follow their condition, for all networks or one number for each; 1 is off;
+            none takes the run's own.
+        embeddings: image embeddings, [N, dim], as an array or a .npy file.
+        text_encodings: text to go with them, [N, tokens, dim], as an array or a .npy file.
+        images: a folder of images, whose embeddings the run's encoder makes.
+        from_data: the first samples of a part of the run's data: "train", "val" or "test".
+        first, last: the networks of a cascade to begin and to end with, by name or number. One that is not the first
+            begins with small versions of `images` or of `from_data`.
+        checkpoint: of a run folder: "latest", "best" by the validation loss, or a step.
+        out: where they go; none makes a folder inside the run's.
+        batch_size: images made at once.
+        device: "auto", "cpu", "cuda" or "mps".
+        on_step: called with (step, steps) before each network call.
+
+    Returns:
+        The folder, which holds one PNG per image and `grid.png`, where originals, if there are any, stand above what
+        was made from them.
+
+    Raises:
+        CheckpointError: if the run has no checkpoint.
+        ConfigError: if an option is wrong, or does not go with the run or another option.
+        DataError: if embeddings or images cannot be read.
+    """
+    if (num_images is not None and num_images < 1) or batch_size < 1:
+        raise ConfigError(f"num_images is {num_images} and batch_size is {batch_size}; both must be at least 1.")
+    trained = load_trained(folder, checkpoint=checkpoint, device=device, encodes=images is not None)
+    task, run = trained.task, trained.run
+    span = _span(task, first, last)
+    samplers = _samplers(task, run.sample.sampler, sampler, num_inference_steps)
+    guidance = run.sample.guidance_scale if guidance_scale is None else guidance_scale
+    task.check_sampling(samplers, guidance)
+    given = _Given(embeddings, text_encodings, images, from_data, num_images)
+    examples = _examples(trained, given, span[0])
+    counted = num_images or (len(examples) if examples and given.is_counted else NUM_IMAGES)
+    made = make_images(
+        task,
+        range(counted),
+        seed=seed,
+        sampler=samplers,
+        guidance_scale=guidance,
+        batch_size=batch_size,
+        precision=trained.precision,
+        on_step=on_step,
+        examples=examples,
+        first=span[0],
+        last=span[1],
+    )
+    target = Path(out) if out else trained.folder.samples / f"step-{trained.step:08d}-seed-{seed}"
+    for i, pixels in enumerate(made):
+        save_png(Image.fromarray(pixels), target / f"{i:06d}.png")
+    save_png(sheet_of(made, examples), target / "grid.png")
+    return target
+
+
+def sheet_of(images: NDArray[np.uint8], examples: Examples | None) -> Image.Image:
+    """The grid of some images, 0, 1, 2 and so on, with the originals of their examples if there are any."""
+    originals = None if examples is None else examples.rows(range(len(images))).originals
+    return grid(images) if originals is None else pairs(originals, images)
+
+
+# --- what to sample with -----------------------------------------------------------------------------------------
+
+
+def _span(task: Task, first: str | int, last: str | int | None) -> tuple[int, int]:
+    """The places of the first and the last network."""
+    begin = place_of(first, task.nets, what="first")
+    end = len(task.nets) - 1 if last is None else place_of(last, task.nets, what="last")
+    if begin > end:
+        names = list(task.nets)
+        raise ConfigError(f"first is {names[begin]} and last is {names[end]}, which comes before it. Turn them round.")
+    return begin, end
+
+
+def _samplers(task: Task, default: Any, name: str | None, steps: int | Sequence[int] | None) -> list[Any]:
+    """The sampler of each network: its own, unless the name of another or a number of steps is given."""
+    own = task.samplers(default)
+    counts = list(steps) if isinstance(steps, Sequence) else [steps] * len(own)
+    if len(counts) != len(own):
+        raise ConfigError(
+            f"num_inference_steps has {len(counts)} numbers, and the networks of this task are "
+            f"{', '.join(task.nets)}. Give one number for each, or one for all."
+        )
+    return [_sampler(part, name, count) for part, count in zip(own, counts, strict=True)]
+
+
+def _sampler(own: Any, name: str | None, steps: int | None) -> Any:
+    options = dump(own) if name is None else {"name": name}
+    if steps is not None:
+        options["num_inference_steps"] = steps
+    try:
+        return build("samplers", options)
+    except (ValidationError, ValueError) as error:
+        detail = "; ".join(e["msg"] for e in error.errors()) if isinstance(error, ValidationError) else str(error)
+        raise ConfigError(f"sampler: {detail}") from error
+
+
+# --- what to make images from ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the caller named to make images from, and how many images."""
+
+    embeddings: str | Path | NDArray[Any] | None
+    text_encodings: str | Path | NDArray[Any] | None
+    images: str | Path | None
+    from_data: Split | None
+    count: int | None
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """The arrays, by the names of a batch's fields."""
+        named = {"image_embed": self.embeddings, "text_encodings": self.text_encodings}
+        return {name: array for name, array in named.items() if array is not None}
+
+    @property
+    def words(self) -> list[str]:
+        """The options that are given, of those that exclude each other."""
+        named = {"embeddings": self.arrays, "images": self.images, "from_data": self.from_data}
+        return [word for word, value in named.items() if value]
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether it says how many images there are."""
+        return bool(self.arrays) or self.images is not None
+
+
+def _examples(trained: TrainedTask, given: _Given, first: int) -> Examples | None:
+    """What images are made from; None if the task follows nothing and begins with its first network.
+
+    Raises:
+        ConfigError: if more than one thing is named, or one that this task does nothing with.
+        DataError: if it cannot be read.
+    """
+    task = trained.task
+    if not task.wants and not first:
+        if given.words:
+            raise ConfigError(f"{given.words[0]}: the networks of this run follow nothing. Leave it out.")
+        return None
+    if len(given.words) > 1:
+        raise ConfigError(f"{' and '.join(given.words)}: images are made from one of them. Leave the others out.")
+    if given.arrays:
+        return _of_arrays(task, given, first)
+    try:
+        with opened(_source(trained.run, given)) as samples:
+            full, small = _read(trained, samples, given, first)
+    except DataError as error:
+        if given.images is None:
+            raise
+        raise DataError(str(error).replace("data.source.root", "images")) from error
+    examples = prepared(task, full, trained.device)
+    missing = [name for name in task.wants if name not in examples.conditions]
+    if missing and not first:
+        raise ConfigError(_missing(missing[0], given))
+    return examples if small is None else replace(examples, originals=to_uint8(small), image=small)
+
+
+def _of_arrays(task: Task, given: _Given, first: int) -> Examples:
+    names = list(task.nets)
+    if first:
+        raise ConfigError(
+            f"embeddings: {names[first]} begins with images. Give images or from_data, or first={names[0]}."
+        )
+    unknown = [name for name in given.arrays if name not in task.wants]
+    missing = [name for name in task.wants if name not in given.arrays]
+    if unknown or missing:
+        wanted = " and ".join(task.wants)
+        raise ConfigError(
+            f"embeddings: this task follows {wanted}, and {' and '.join(given.arrays)} is given. Give all that it "
+            "follows, as embeddings and text_encodings, and nothing else."
+        )
+    ndims = {"image_embed": 2, "text_encodings": 3}
+    options = {"image_embed": "embeddings", "text_encodings": "text_encodings"}
+    arrays = {
+        name: read_array(array, ndim=ndims[name], what=options[name], limit=given.count)
+        for name, array in given.arrays.items()
+    }
+    counts = {options[name]: len(array) for name, array in arrays.items()}
+    if len(set(counts.values())) > 1:
+        told = " and ".join(f"{count} {name}" for name, count in counts.items())
+        raise ConfigError(f"{told} are given. Each image needs one of both.")
+    examples = Examples(from_arrays(**arrays))
+    try:
+        task.conditions([0], examples.rows([0]).conditions)
+    except ConfigError as error:
+        files = ", ".join(str(array) for array in given.arrays.values() if isinstance(array, str | Path))
+        raise ConfigError([f"{files or 'embeddings'}: {problem}" for problem in error.problems]) from error
+    return examples
+
+
+def _source(run: RunConfig, given: _Given) -> Any:
+    """Where the images are that images are made from."""
+    if given.images is not None:
+        return FolderSource(root=Path(given.images))
+    if given.from_data is None:
+        return validation_source(run) or run.data.source
+    found = validation_source(run) if given.from_data == "val" else part_of_data(run.data.source, given.from_data)
+    if found is None:
+        raise ConfigError(
+            f"from_data is {given.from_data!r}, and the data of this run has no such part. Use train, or give images."
+        )
+    return found
+
+
+def _read(trained: TrainedTask, samples: Samples, given: _Given, first: int) -> tuple[Batch, Tensor | None]:
+    """The samples as in training; and, if the first networks are left out, of the size that the last of them makes."""
+    run, count = trained.run, given.count or (None if given.is_counted else NUM_IMAGES)
+    if not first:
+        return from_samples(samples, run.data, count, seed=run.seed), None
+    # pictures that are small already must come through as they are
+    plain = replace(run.data, preprocessing=None, resize="cover", decode="exact")
+    full = from_samples(samples, plain, count, seed=run.seed)
+    size = list(trained.task.sizes.values())[first - 1]
+    small = from_samples(samples, replace(plain, image_size=size), count, seed=run.seed)
+    return full, small["image"]
+
+
+def _missing(field: str, given: _Given) -> str:
+    """What to say where nothing gives what a task follows."""
+    if field != "image_embed":
+        return f"the networks of this run follow {field}, which is not there. Give text_encodings and embeddings."
+    where = f"in {given.images}" if given.images is not None else "of the data"
+    return (
+        f"this run has no encoder (task.encoder is none), so nothing makes embeddings of the images {where}. Make them "
+        "with `eclosion embed`, with the encoder that made those it was trained on, and give them as embeddings."
+    )

@@ -1,0 +1,161 @@
+"""What is wrong with the options of a cascade: each problem with the path of the option to change.
+
+What follows from the options alone is found before anything is opened or built; what depends on the data, after.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from eclosion.diffusion.lowres import LowRes
+from eclosion.models.unclip import UnclipUNetModel
+from eclosion.tasks.unclip_tier import CascadeUNet
+
+__all__ = ["MAX_UNETS", "Problem", "problems_of_options", "problems_with_arrays", "problems_with_size"]
+
+# Where, below the task, and what.
+Problem = tuple[tuple[str | int, ...], str]
+Size = tuple[int, int]
+
+# A pipeline of diffusers must name its networks one by one.
+MAX_UNETS = 8
+
+
+def problems_of_options(unets: Sequence[CascadeUNet], *, unconditional: bool, encoder: Any) -> list[Problem]:
+    """What is wrong whatever the data is."""
+    if not 1 <= len(unets) <= MAX_UNETS:
+        given = "is empty" if not unets else f"has {len(unets)} networks"
+        return [(("unets",), f"{given}, and must hold 1 to {MAX_UNETS} networks, from low to high resolution.")]
+    if wrong := [(i, unet.model) for i, unet in enumerate(unets) if not isinstance(unet.model, UnclipUNetModel)]:
+        hint = "is a network that follows no embeddings. Use unclip_unet."
+        return [(("unets", i, "model"), hint) for i, _ in wrong]
+    found = _wrong_order(unets)
+    for i, unet in enumerate(unets):
+        flow = type(unet.noise_schedule).__name__ == "RectifiedFlow"
+        if flow != (unet.prediction_type == "flow"):
+            does = f"is {unet.prediction_type!r}, and does not go with this noise_schedule"
+            found.append((("unets", i, "prediction_type"), f"{does}: 'flow' needs rectified_flow, and it 'flow'."))
+        if size := unet.size(None):
+            found += _wrong_size(i, unet, size, "image_size")
+        if unconditional:
+            found += [
+                (("unets", i, "model", name), "is true, and unconditional is true as well. Set one of them to false.")
+                for name in ("image_conditioned", "text_conditioned")
+                if getattr(unet.model, name)
+            ]
+    for name in ("lowres", "crop_size"):
+        if getattr(unets[0], name) is not None:
+            why = "it sees no smaller image" if name == "lowres" else "it must learn whole images"
+            found.append((("unets", 0, name), f"is set for the first network, and {why}. Leave it out."))
+    if unconditional and encoder is not None:
+        found.append((("encoder",), "is set, and unconditional is true: nothing follows an embedding. Leave it out."))
+    return found
+
+
+def problems_with_size(unets: Sequence[CascadeUNet], data_size: Size) -> list[Problem]:
+    """What is wrong with images of this height and width in pixels, for options that are right by themselves."""
+    found = []
+    for i, unet in enumerate(unets):
+        size, path = unet.size(data_size), ("unets", i, "image_size")
+        assert size is not None
+        if unet.image_size is None:
+            found += _wrong_size(i, unet, size, "data.image_size")
+            if i and (before := unets[i - 1].size(None)) and not _is_larger(size, before):
+                found.append(
+                    (path, f"is data.image_size, {_text(size)}, and the network before makes {_text(before)} already.")
+                )
+        elif any(mine > there for mine, there in zip(size, data_size, strict=True)):
+            say = f"is {_text(size)}, and data.image_size is {_text(data_size)}: there is nothing larger to learn from."
+            found.append((path, f"{say} Set data.image_size to {_text(size)}, or this lower."))
+        if i:
+            lowres = unet.lowres or LowRes()
+            found += _wrong_blur(i, lowres, (unets[i - 1].size(data_size) if lowres.downsample_first else data_size))
+    return found
+
+
+def problems_with_arrays(
+    arrays: Mapping[str, Sequence[int]], *, wanted: Mapping[str, bool], dims: Mapping[str, int | None], encoder: Any
+) -> list[Problem]:
+    """What is wrong with what samples of the data bring besides the image.
+
+    Args:
+        arrays: shape of one sample's "image_embed" and "text_encodings", as far as they are there.
+        wanted: whether a network follows them, by the same names.
+        dims: how many numbers the options say that they have; none says nothing.
+        encoder: what makes image embeddings where the data brings none.
+    """
+    found: list[Problem] = []
+    layouts = {"image_embed": ("[D], one vector", 1), "text_encodings": ("[L, D], one vector per token", 2)}
+    for name, (layout, ndim) in layouts.items():
+        shape = list(arrays.get(name, ()))
+        if shape and (len(shape) != ndim or 0 in shape):
+            found.append((("unets",), f"the data's {name} has the shape {shape} per image, and must be {layout}."))
+        elif shape and wanted[name] and dims[name] not in (None, shape[-1]):
+            kind = name.partition("_")[0]
+            have = f"the {kind} embeddings have {shape[-1]} numbers. Change it, or bring other embeddings."
+            found.append(((f"{kind}_embed_dim",), f"is {dims[name]}, and {have}"))
+    if wanted["image_embed"] and "image_embed" not in arrays and encoder is None:
+        say = (
+            "a network follows image embeddings, and the data has none. Say where they are with "
+            "data.source.img_embeddings_url, or what makes them with task.encoder; or set task.unconditional=true."
+        )
+        found.append((("unets",), say))
+    if wanted["text_encodings"] and "text_encodings" not in arrays:
+        say = (
+            "a network follows text (text_conditioned), and the data has no text encodings. Say where they are with "
+            "data.source.text_embeddings_url, or set text_conditioned to false."
+        )
+        found.append((("unets",), say))
+    return found
+
+
+def _wrong_order(unets: Sequence[CascadeUNet]) -> list[Problem]:
+    found: list[Problem] = []
+    highest: Size | None = None
+    for i, unet in enumerate(unets):
+        size, path = unet.size(None), ("unets", i, "image_size")
+        if size is None:
+            if i + 1 < len(unets):
+                say = "has no image_size. Only the last network may leave it out, which then takes data.image_size."
+                found.append((("unets", i), say))
+            continue
+        if highest and not _is_larger(size, highest):
+            say = f"is {_text(size)}, and a network before it makes {_text(highest)}."
+            found.append((path, f"{say} Order the networks from low to high resolution."))
+        highest = size
+    return found
+
+
+def _is_larger(size: Size, than: Size) -> bool:
+    return size != than and all(mine >= theirs for mine, theirs in zip(size, than, strict=True))
+
+
+def _wrong_size(i: int, unet: CascadeUNet, size: Size, name: str) -> list[Problem]:
+    """What the network cannot halve as often as it does, and crops that are none."""
+    stages = len(unet.model.channel_mults)
+    factor = int(2 ** (stages if unet.model.memory_efficient else stages - 1))
+    halves = f"must be a multiple of {factor}: this network halves the resolution {factor.bit_length() - 1} times"
+    crop, found = unet.crop_size, list[Problem]()
+    if any(side % factor for side in size):
+        near = [max(factor, round(side / factor) * factor) for side in size]
+        what = "is" if name == "image_size" else f"is {name},"
+        say = f"{what} {_text(size)}, and {halves}. Use {_text(near)}, or fewer channel_mults."
+        found.append((("unets", i, "image_size"), say))
+    if crop is not None and crop > min(size):
+        say = f"is {crop}, and the images of this network are {_text(size)}. Use at most {min(size)}, or none."
+        found.append((("unets", i, "crop_size"), say))
+    elif crop is not None and crop % factor:
+        found.append((("unets", i, "crop_size"), f"is {crop}, and {halves}."))
+    return found
+
+
+def _wrong_blur(i: int, lowres: LowRes, blurred: Size | None) -> list[Problem]:
+    assert blurred is not None
+    widest = lowres.kernel_sizes[1] if lowres.blur_probability else 1
+    if widest // 2 < min(blurred):
+        return []
+    say = f"is {widest}, and the blurred images are {_text(blurred)}. Use at most {2 * min(blurred) - 1}."
+    return [(("unets", i, "lowres", "blur_kernel_size"), say)]
+
+
+def _text(size: Sequence[int]) -> str:
+    return " x ".join(map(str, size))

@@ -1,0 +1,247 @@
+"""A cascade from 16 to 32 pixels on shards with embeddings: killed and resumed, exported, trained by two processes."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eclosion import ConfigError, UnclipDecoderPipeline, export, shard, train
+from eclosion.data.loader import Loader
+from eclosion.exporting import _networks
+from eclosion.registry import build
+from eclosion.rng import generator
+from eclosion.sampling import load_trained
+
+MODEL = {
+    "base_channels": 4,
+    "channel_mults": [1, 2],
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+    "num_attention_heads": 1,
+    "attention_head_dim": 4,
+    "num_text_tokens": 3,
+    "conv_in_kernel_sizes": [3],
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache_folder(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ECLOSION_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Three shards of butterflies, each with its mean colours for an embedding, and a text of two tokens."""
+    folder = tmp_path_factory.mktemp("shards")
+    source = build("sources", {"name": "butterflies", "size": 24, "resolution": 32})
+    samples = source.open()
+    means = [np.asarray(samples.read(i).image, "f4").mean((0, 1)) / 255 for i in range(len(samples))]
+    np.save(folder / "image.npy", np.array(means, "f4"))
+    np.save(folder / "text.npy", np.random.default_rng(0).normal(size=(24, 2, 5)).astype("f4"))
+    given = {"image_embeddings": folder / "image.npy", "text_embeddings": folder / "text.npy"}
+    return shard(source, folder / "out", samples_per_shard=8, **given).folder
+
+
+def cascade(output, shards, **sections):
+    """A run that uses everything random: crops, blur, noise, hidden conditions, estimates, several averages."""
+    schedule = {"name": "cosine", "num_train_timesteps": 20}
+    config = {
+        "output": str(output),
+        "data": {
+            "source": {
+                "name": "webdataset",
+                "webdataset_base_url": str(shards / "{}.tar"),
+                "shard_width": 5,
+                "img_embeddings_url": str(shards / "img_emb"),
+                "text_embeddings_url": str(shards / "text_emb"),
+            },
+            "image_size": 32,
+            "horizontal_flip": True,
+        },
+        "task": {
+            "name": "unclip_decoder",
+            "unets": [
+                {
+                    "model": {**MODEL, "text_conditioned": True, "self_cond": True},
+                    "image_size": 16,
+                    "learned_variance": {},
+                    "noise_schedule": schedule,
+                },
+                {
+                    "model": {**MODEL, "memory_efficient": True},
+                    "prediction_type": "v_prediction",
+                    "lowres": {"noise": True},
+                    "crop_size": 16,
+                    "noise_schedule": schedule,
+                },
+            ],
+        },
+        "train": {"duration": "6 steps", "batch_size": 4, "micro_batch_size": 2, "mixed_precision": "no"},
+        "optimizer": {"learning_rate": 1e-3},
+        "ema": {"decays": [0.5]},
+        "sample": {
+            "every": "6 steps",
+            "num_images": 2,
+            "sampler": {"name": "ddim", "num_inference_steps": 2},
+            "guidance_scale": 2.0,
+        },
+        "checkpoint": {"every": "2 steps"},
+        "track": {"every": "1 steps"},
+    }
+    for name, options in sections.items():
+        config[name] = {**config[name], **options} if isinstance(options, dict) else options
+    return config
+
+
+def weights(run, name):
+    return load_file(max((run / "checkpoints").glob("step-*")) / f"{name}.safetensors")
+
+
+# Loads the libraries once, and then is each process of each job: one that is killed after so many steps, or several.
+FORKS = """
+import json, os, signal, socket, sys, time
+import eclosion.tasks.unclip_pipeline  # loads what takes longest
+from eclosion.training.run import train
+from eclosion.training.state import TrainState
+
+def fork(config, kill_after=None, **environment):
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.environ.update(environment)
+            if kill_after:
+                advance = TrainState.advance
+                def advanced(self):
+                    advance(self)
+                    if self.step == kill_after:
+                        while not os.path.isdir(config["output"] + "/checkpoints/step-00000002"):
+                            time.sleep(0.01)  # it is written in the background
+                        os.kill(os.getpid(), signal.SIGKILL)
+                TrainState.advance = advanced
+            train(config)
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+for job in json.loads(sys.argv[1]):
+    size = job.pop("processes", 1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
+    ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(size)]
+    children = [fork(**job, **(address | rank if size > 1 else {})) for rank in ranks]
+    print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(shards, tmp_path_factory):
+    """A run that nothing disturbed."""
+    return train(cascade(tmp_path_factory.mktemp("runs") / "whole", shards))
+
+
+@pytest.fixture(scope="module")
+def aside(shards, tmp_path_factory):
+    """The folder of two more: `killed` after its third step, and `two`, finished by two processes."""
+    folder = tmp_path_factory.mktemp("aside")
+    jobs = [
+        {"config": cascade(folder / "killed", shards, export="unclip"), "kill_after": 3},
+        {"config": cascade(folder / "two", shards), "processes": 2},
+    ]
+    command = [sys.executable, "-c", FORKS, json.dumps(jobs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("[")] == ["[-9]", "[0, 0]"], done.stderr
+    return folder
+
+
+def test_a_killed_cascade_ends_with_the_same_bits_and_its_pipeline_makes_its_images(whole, aside, shards, results):
+    found = results(whole)
+    assert {"unet_0.safetensors", "unet_1.ema.safetensors", "unet_1.optimizer.safetensors"} <= found["hashes"].keys()
+    assert {"train/loss/unet_0", "train/loss/unet_1"} <= found["numbers"][-1].keys()
+    assert len(found["pictures"]) == 2
+    killed = aside / "killed"
+    assert {path.name for path in (killed / "checkpoints").iterdir()} == {"step-00000002"}
+    train(cascade(killed, shards, export="unclip"))
+    assert results(killed) == found
+
+    pipeline = UnclipDecoderPipeline.from_pretrained(killed, low_cpu_mem_usage=False)
+    pipeline.set_progress_bar_config(disable=True)
+    trained = load_trained(whole)
+    batch = Loader(trained.run.data.source.open(), trained.run.data, seed=0, batch_size=2).batch_at(range(2))
+    made = pipeline(batch["image_embed"], text_encodings=batch["text_encodings"], seeds=3, output_type="pt").images
+    ours = trained.task.sample(
+        trained.task.conditions(range(2), batch),
+        [generator(3, "sample", i) for i in range(2)],
+        sampler=trained.run.sample.sampler,
+        guidance_scale=trained.run.sample.guidance_scale,
+    )
+    assert ours.shape == (2, 3, 32, 32)
+    assert torch.equal(made, ours)
+
+
+def test_a_frozen_network_stays_as_it_is_and_in_the_checkpoint(shards, tmp_path):
+    run = train(cascade(tmp_path / "run", shards, train={"freeze": ["unet_0"], "duration": "3 steps"}))
+    before, after = (load_file(run / "checkpoints" / f"step-0000000{n}" / "unet_0.safetensors") for n in (2, 3))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not weights(run, "unet_0")["conv_out.weight"].any()  # as it began
+    assert weights(run, "unet_1")["conv_out.weight"].any()
+    numbers = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all("train/loss" in line for line in numbers)
+
+
+def test_all_networks_of_an_export_are_compared(shards, tmp_path, monkeypatch):
+    """The negative control: the second network on disk is not the one that was written."""
+    from eclosion.errors import EnvironmentProblem
+    from eclosion.models.unclip_unet import UnclipUNet
+
+    run = train(cascade(tmp_path / "run", shards, train={"duration": "1 steps"}, sample={"num_images": 0}))
+    folder = export(run, tmp_path / "out")
+    assert {"README.md", "model_index.json", "unet_0", "unet_1"} == {p.name for p in folder.iterdir()}
+    card = (folder / "README.md").read_text()
+    assert "pipeline(image_embeds=image_embeds, text_encodings=text_encodings).images" in card
+    assert list(_networks(UnclipDecoderPipeline.from_pretrained(folder, low_cpu_mem_usage=False))) == [
+        "unet_0",
+        "unet_1",
+    ]
+    honest = UnclipUNet.from_pretrained
+
+    def spoilt(*args, **kwargs):
+        net = honest(*args, **kwargs)
+        if net.config.lowres_cond:
+            net.conv_out.bias.data[0] += 1e-3
+        return net
+
+    monkeypatch.setattr(UnclipUNet, "from_pretrained", spoilt)
+    with pytest.raises(EnvironmentProblem, match=r"does not load as the network that was written \(unet_1\)"):
+        export(run, tmp_path / "again")
+    assert not (tmp_path / "again" / "model_index.json").exists()
+    with pytest.raises(ConfigError, match="'ddim' is no pipeline for a cascade"):
+        export(run, tmp_path / "ddim", pipeline="ddim")
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "ddim"])
+def test_a_pipeline_that_a_cascade_cannot_be_is_refused_before_training(kind, shards, tmp_path):
+    with pytest.raises(ConfigError, match="Use unclip"):
+        train(cascade(tmp_path / "run", shards, export=kind))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_two_processes_train_two_networks_as_one_does(whole, aside, results):
+    """With the settings that a run has by itself; DDP finds no parameter unused, and none used twice."""
+    ours, theirs = results(whole)["numbers"], results(aside / "two")["numbers"]
+    for a, b in zip(ours, theirs, strict=True):
+        for name in ("unet_0", "unet_1"):  # gradients are added in another order
+            assert a[f"train/loss/{name}"] == pytest.approx(b[f"train/loss/{name}"], rel=1e-4)
+    for name in ("unet_0.ema", "unet_1.ema"):
+        mine, other = weights(whole, name), weights(aside / "two", name)
+        for key in mine:
+            torch.testing.assert_close(mine[key], other[key], rtol=1e-2, atol=1e-3)
