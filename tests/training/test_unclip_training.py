@@ -212,6 +212,9 @@ def test_all_networks_of_an_export_are_compared(shards, tmp_path, monkeypatch):
         "unet_0",
         "unet_1",
     ]
+    fresh = "import sys, eclosion; print(eclosion.UnclipDecoderPipeline.from_pretrained(sys.argv[1]).unet_1.dtype)"
+    loaded = subprocess.run([sys.executable, "-c", fresh, folder], capture_output=True, text=True, check=True)
+    assert loaded.stdout == "torch.float32\n"
     honest = UnclipUNet.from_pretrained
 
     def spoilt(*args, **kwargs):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eclosion.data.batch import Batch
 from eclosion.errors import ConfigError
+from eclosion.models import unclip_unet  # noqa: F401 - diffusers loads networks of imported modules alone
 from eclosion.registry import build
 from eclosion.rng import Generator, generator
 
