@@ -16,7 +16,13 @@ version = release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml"]
 html_math_renderer = "mathml"
-exclude_patterns = ["_build", "benchmarks_table.md", "benchmarks_notes.md", "examples/clipart_numbers.md"]
+exclude_patterns = [
+    "_build",
+    "benchmarks_table.md",
+    "benchmarks_notes.md",
+    "examples/clipart_numbers.md",
+    "examples/degradations_numbers.md",
+]
 
 myst_enable_extensions = ["attrs_inline", "deflist", "dollarmath"]
 myst_heading_anchors = 3

@@ -42,6 +42,7 @@ TABLE_TITLES = {
     "sources": ("Data sources", "data.source"),
     "models": ("Models", "task.model"),
     "encoders": ("Encoders", "task.encoder"),
+    "metrics": ("Metrics", "evaluate.metrics"),
     "noise_schedules": ("Noise schedules", "task.noise_schedule"),
     "samplers": ("Samplers", "sample.sampler"),
     "loggers": ("Loggers", "track.log"),

@@ -114,3 +114,35 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         return Outcome(int(end.value.code or 0), out, err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a CLIP as transformers saves it: random weights, a vocabulary of letters, captions of 12 tokens.
+
+    Letters are told apart at the end of a word; "cat" is one token, and number 0 is a "!" inside a word.
+    """
+    torch = pytest.importorskip("torch")
+    library = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("clip")
+    letters = "abcdefghijklmnopqrstuvwxyz.,?"
+    merges = [("c", "a"), ("ca", "t</w>")]
+    tokens = ["!", *letters, *(f"{letter}</w>" for letter in f"!{letters}"), *(a + b for a, b in merges)]
+    vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    start, end = len(vocabulary) - 2, len(vocabulary) - 1
+    common = {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = common | {"hidden_size": 16, "vocab_size": len(vocabulary), "max_position_embeddings": 12}
+    text |= {"bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
+    vision = common | {"hidden_size": 32, "image_size": 32, "patch_size": 8}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = library.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
+        model = library.CLIPModel(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)  # not so small that all captions are alike
+    library.utils.logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    library.CLIPTokenizer(vocab=vocabulary, merges=merges).save_pretrained(folder)
+    square = {"height": 32, "width": 32}
+    library.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square).save_pretrained(folder)
+    return folder

@@ -143,7 +143,7 @@ def test_every_config_key_stands_in_the_reference_with_its_meaning(generate):
         if section in ("output", "overwrite", "export", "seed", "task"):
             assert f"`{section}`{{#key-{section}}}\n:" in text
             assert entries[section].text in text
-        elif path.startswith(("data.source.", "sample.sampler.")):
+        elif path.startswith(("data.source.", "sample.sampler.", "evaluate.sampler.", "evaluate.extractor.")):
             assert f"`{path.rpartition('.')[0]}`{{#" in text
         else:
             anchor = f"key-{path}".replace(".", "-").replace("_", "-")

@@ -560,13 +560,22 @@ def test_the_command_embeds_a_source_by_name_and_then_its_shards_and_the_arrays_
     assert np.array_equal(*arrays)
     records = [read_record(tmp_path / name) for name in ("emb", "emb2")]
     assert records[0].fingerprint == records[1].fingerprint
-    assert records[0].encoder == {"name": "efficientnet_lite0", "image_size": 32, "normalize": False, "cache_gb": 4.0}
+    assert records[0].encoder == {
+        "name": "efficientnet_lite0",
+        "features": "features",
+        "image_size": 32,
+        "normalize": False,
+        "cache_gb": 4.0,
+    }
 
 
 def test_the_command_needs_an_encoder_and_says_which_there_are(command, tmp_path):
     outcome = command("embed", "butterflies", tmp_path / "emb")
     assert outcome.code == 2
-    assert outcome.err == "error: Name an encoder: --encoder=clip, efficientnet_lite0, transformers_vision.\n"
+    assert (
+        outcome.err
+        == "error: Name an encoder: --encoder=clip, dinov2, efficientnet_lite0, inception, transformers_vision.\n"
+    )
     config = tmp_path / "config.yaml"
     config.write_text(f"output: {tmp_path}/run\ndata: {{source: {{name: butterflies, size: 6, resolution: 16}}}}\n")
     outcome = command("embed", config, tmp_path / "emb")

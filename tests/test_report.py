@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import itertools
 import json
 import math
@@ -448,7 +449,8 @@ def test_a_page_that_cannot_be_written_is_one_line_and_leaves_nothing_behind(run
 WORDS = st.sampled_from(
     """step samples_seen event environment packages files size meta facts num_samples index_count epoch delivered
     skipped samples name reason train duration batch_size data source image_size task device train/loss
-    fingerprint""".split()  # noqa: SIM905
+    fingerprint results score value interval n n_reference floor made what against extractor evaluate/kid
+    validation/loss validation/loss_error validation/loss/band_0 validation best decided_by""".split()  # noqa: SIM905
 )
 LEAVES = (
     st.none()
@@ -471,11 +473,86 @@ def test_whatever_json_the_files_hold_the_page_is_whole(
     folder.checkpoint(1).mkdir(parents=True)
     folder.config.write_text(json.dumps(config))
     (folder.checkpoint(1) / "manifest.json").write_text(json.dumps(manifest))
+    (folder.checkpoint(1) / "state.json").write_text(json.dumps({"validation": manifest}))
+    folder.results.write_text(json.dumps({"results": [*records, config]}))
     for path in (folder.metrics, folder.ledger, folder.events):
         lines(path, records)
     page = Page(write_report(folder.root))
     assert len(page.texts("h2")) == 7
     assert not re.search("nan|inf", "".join(path["d"] or "" for path in page.attributes("path")))
+
+
+# --- validation and evaluation -------------------------------------------------------------------------------------
+
+KID = "evaluate/kid/efficientnet_lite0"
+
+
+def result(step: int, value: float, split: str = "val") -> dict[str, object]:
+    return {
+        "score": "kid",
+        "value": value,
+        "interval": [value - 0.01, value + 0.01],
+        "better": "lower",
+        "n": 1000,
+        "n_reference": 300,
+        "floor": {"value": 0.002, "n": 150},
+        "extractor": {"name": "efficientnet_lite0"},
+        "made": {"what": "run", "step": step},
+        "against": {"split": split},
+    }
+
+
+@pytest.fixture
+def scored(run: RunDir) -> RunDir:
+    """The same run with validation in three bands, and with KID."""
+    bands = {f"validation/loss/band_{band}": 0.9 - 0.2 * band for band in range(3)}
+    errors = {"validation/loss_error": 0.05, "validation/loss_error/band_0": 0.2}
+    validations = [{"step": s, "validation/loss": 0.6 - s / 1000, **bands, **errors} for s in (0, 100, 200)]
+    scores = [{"step": 100, KID: 0.075}, {"step": 200, KID: 0.05}, {"step": 200, f"{KID}/test": 0.07}]
+    lines(run.metrics, [*(numbers(s) for s in range(2, 201, 2)), *validations, *scores])
+    rows = [result(100, 0.075), result(200, 0.05), result(200, 0.07, "test")]
+    run.results.write_text(json.dumps({"results": rows}))
+    best = {"validation": {"best": {"step": 100, "value": 0.075}, "decided_by": "kid/efficientnet_lite0 (0a1b)"}}
+    (run.checkpoint(200) / "state.json").write_text(json.dumps(best))
+    return run
+
+
+def figures(run: RunDir) -> dict[str, str]:
+    """The markup of each figure with a curve, by its title."""
+    parts = Page(write_report(run.root)).html.split("<figure")
+    return {title[1]: part for part in parts if (title := re.search(r"<h3[^>]*>(.*?)</h3>", part))}
+
+
+def test_a_score_is_drawn_with_its_interval_and_with_what_real_images_score(scored: RunDir) -> None:
+    drawn = figures(scored)["KID, efficientnet_lite0"]
+    assert "1,000 images against 300 of val." in drawn
+    assert "real images against real images, 0.002 (n = 150)." in drawn
+    assert "Lower is better. Shaded: 95 % interval." in drawn
+    assert "0.05 (0.04 to 0.06)" in html.unescape(drawn)
+    assert drawn.count('class="floor"') == 1
+    area = re.search(r'class="band" d="(M[^"]*Z)"', drawn)
+    assert area is not None
+    corners = [tuple(map(float, corner.split())) for corner in re.split("[ML]", area[1].strip("MZ"))]
+    assert [x for x, _ in corners] == [500, 1000, 1000, 500]  # there above, and back below
+    assert all(above < below for (_, above), (_, below) in itertools.pairwise([corners[1], corners[2]]))
+    assert "300 of test" in figures(scored)["KID, efficientnet_lite0/test"]
+
+
+def test_the_loss_has_its_interval_and_its_bands_stand_together(scored: RunDir) -> None:
+    found = figures(scored)
+    assert 'class="band"' in found["Validation loss"]
+    assert "0.4 (0.302 to 0.498)" in html.unescape(found["Validation loss"])
+    bands = found["Loss by noise level"]
+    strengths = re.findall(r'class="mean" d="M[^"]+" stroke-opacity="([0-9.]+)"', bands)
+    assert strengths == ["0.20", "0.60", "1.00"] * 2  # linear and logarithmic; clean is the strongest, and on top
+    assert "clean 0.9, noise 0.5" in bands
+    assert not [title for title in found if "band" in title or "error" in title]
+
+
+def test_the_best_checkpoint_is_what_the_newest_one_says_it_is(scored: RunDir) -> None:
+    page = Page(write_report(scored.root))
+    assert "best kid/efficientnet_lite0" in page.html
+    assert "0.075 at step 100" in page.html
 
 
 # --- the numbers behind a curve ------------------------------------------------------------------------------------

@@ -276,7 +276,7 @@ def test_validation_and_learning_rates_are_told_by_network(run):
     assert {line["train/lr/unet_1"] / line["train/lr/unet_0"] for line in lines if "train/lr/unet_0" in line} == {0.5}
     state = json.loads((run / "checkpoints" / "step-00000002" / "state.json").read_text())["validation"]
     assert state["networks"].keys() == {"unet_0", "unet_1"}
-    assert state["best"]["loss"] == pytest.approx(sum(score["loss"] for score in state["networks"].values()))
+    assert state["best"]["value"] == pytest.approx(sum(score["value"] for score in state["networks"].values()))
 
 
 # --- with an encoder -------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from eclosion.demonstration import demo
     from eclosion.diagnosis import doctor
     from eclosion.errors import ConfigError, DataError, UserError
+    from eclosion.evaluation.evaluating import evaluate
+    from eclosion.evaluation.stats import stats
     from eclosion.exporting import export
     from eclosion.importing import import_checkpoint
     from eclosion.inspection.checking import check
@@ -43,6 +45,7 @@ _HOMES = {
     "demo": "eclosion.demonstration",
     "doctor": "eclosion.diagnosis",
     "embed": "eclosion.sharding.embedding",
+    "evaluate": "eclosion.evaluation.evaluating",
     "export": "eclosion.exporting",
     "import_checkpoint": "eclosion.importing",
     "index": "eclosion.inspection.indexing",
@@ -52,6 +55,7 @@ _HOMES = {
     "sample": "eclosion.sampling",
     "shard": "eclosion.sharding",
     "show_data": "eclosion.inspection.data_sheet",
+    "stats": "eclosion.evaluation.stats",
     "train": "eclosion.training.run",
     "write_config": "eclosion.inspection.recipes",
     "write_report": "eclosion.report",
@@ -66,6 +70,7 @@ __all__ = [
     "demo",
     "doctor",
     "embed",
+    "evaluate",
     "export",
     "import_checkpoint",
     "index",
@@ -75,6 +80,7 @@ __all__ = [
     "sample",
     "shard",
     "show_data",
+    "stats",
     "train",
     "write_config",
     "write_report",

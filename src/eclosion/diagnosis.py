@@ -29,8 +29,9 @@ EXTRAS = {
     "tensorboard": ("tensorboard", "track.log tensorboard: curves and pictures in TensorBoard"),
     "remote": ("fsspec", "shards in S3 and other remote stores"),
     "transforms": ("torchvision", "data.preprocessing by torchvision's names"),
-    "clip": ("transformers", "the encoders clip and transformers_vision"),
+    "clip": ("transformers", "the encoders clip, dinov2 and transformers_vision"),
     "efficientnet": ("efficientnet_lite_pytorch", "the encoder efficientnet_lite0"),
+    "metrics": ("lpips", "the metric lpips, and what efficientnet gives"),
     "jpeg": ("simplejpeg", "plain JPEG files, decoded faster to the same pixels"),
 }
 # Less than this and not even a small run can keep its checkpoints.

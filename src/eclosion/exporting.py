@@ -31,7 +31,7 @@ def export(run: str | Path, out: str | Path, *, pipeline: str | None = None, che
         out: the folder to write; must be new or empty.
         pipeline: "ddpm" or "ddim" for a network in pixel space, "unclip" for a cascade; none takes the first that
             the task has.
-        checkpoint: of a run folder: "latest", "best" by the validation loss, or a step.
+        checkpoint: of a run folder: "latest", "best" as `checkpoint.best` of the run says, or a step.
 
     Returns:
         The folder, which `from_pretrained` of `DDPMPipeline`, `DDIMPipeline` or `eclosion.UnclipDecoderPipeline` loads.

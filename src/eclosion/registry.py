@@ -37,6 +37,7 @@ __all__ = [
     "DIALECTS",
     "ENCODERS",
     "LOGGERS",
+    "METRICS",
     "MODELS",
     "NOISE_SCHEDULES",
     "SAMPLERS",
@@ -69,8 +70,20 @@ MODELS = {
 }
 ENCODERS = {
     "clip": "eclosion.models.encoders:ClipEncoder",
+    "dinov2": "eclosion.models.encoders:DINOv2Encoder",
     "efficientnet_lite0": "eclosion.models.encoders:EfficientNetLite0Encoder",
+    "inception": "eclosion.models.encoders:InceptionEncoder",
     "transformers_vision": "eclosion.models.encoders:TransformersVisionEncoder",
+}
+METRICS = {
+    "clip_score": "eclosion.metrics.clip_score:ClipScore",
+    "cosine": "eclosion.metrics.cosine:Cosine",
+    "fid": "eclosion.metrics.fid:FrechetDistance",
+    "inception_score": "eclosion.metrics.inception_score:InceptionScore",
+    "kid": "eclosion.metrics.kid:KernelDistance",
+    "lpips": "eclosion.metrics.lpips:PerceptualDistance",
+    "memorisation": "eclosion.metrics.memorisation:Memorisation",
+    "precision_recall": "eclosion.metrics.precision_recall:PrecisionRecall",
 }
 TASKS = {
     "unclip_decoder": "eclosion.tasks.unclip_decoder:UnclipDecoder",
@@ -105,6 +118,7 @@ TABLES: dict[str, dict[str, str]] = {
     "sources": SOURCES,
     "models": MODELS,
     "encoders": ENCODERS,
+    "metrics": METRICS,
     "noise_schedules": NOISE_SCHEDULES,
     "samplers": SAMPLERS,
     "loggers": LOGGERS,

@@ -54,6 +54,16 @@ class RunDir:
         return self.root / "samples"
 
     @property
+    def results(self) -> Path:
+        """The scores of all evaluations, as JSON: {"results": [...]}."""
+        return self.root / "results.json"
+
+    @property
+    def evaluations(self) -> Path:
+        """Folder with the pictures of each evaluation, and what a stopped one goes on from."""
+        return self.root / "evaluations"
+
+    @property
     def tensorboard(self) -> Path:
         """Folder with TensorBoard's event files."""
         return self.root / "tensorboard"
@@ -85,6 +95,10 @@ class RunDir:
     def sample_grid(self, step: int) -> Path:
         """The preview grid made after `step` optimizer updates."""
         return self.samples / f"step-{step:08d}.png"
+
+    def evaluation(self, step: int) -> Path:
+        """Folder with the pictures of an evaluation made after `step` optimizer updates."""
+        return self.evaluations / f"step-{step:08d}"
 
     def inside(self, name: str) -> Path:
         """The path `name` in this folder; ConfigError if it would lead outside."""

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import itertools
 import json
 import re
@@ -73,6 +74,14 @@ DDIM = {"decoder.sample_timesteps": 10}
 
 # Keys that change the run, as in the tables of DALLE2-pytorch: a value for each that is not its default, and what
 # else has to be so that the key has a use.
+# What torchmetrics' constructors take and nothing here needs, and values that are not its defaults.
+TORCHMETRICS = {
+    "normalize": True,
+    "compute_on_cpu": True,
+    "dist_sync_on_step": True,
+    "sync_on_compute": False,
+    "compute_with_cache": False,
+}
 OBEYED = {
     "seed": (3, {}),
     # decoder.unets[*]: what its config class declares
@@ -170,6 +179,25 @@ OBEYED = {
     "train.device": ("cuda:0", {}),
     "train.epoch_samples": (1000, {}),
     "train.validation_samples": (100, {}),
+    "evaluate.n_evaluation_samples": (100, {"evaluate.FID": {}}),
+    "evaluate.FID": ({}, {}),
+    "evaluate.FID.feature": (64, {"evaluate.FID": {}}),
+    "evaluate.FID.feature_extractor_weights_path": ("inception.pth", {"evaluate.FID": {}}),
+    "evaluate.FID.antialias": (False, {"evaluate.FID": {}}),
+    "evaluate.IS": ({}, {}),
+    "evaluate.IS.feature": (64, {"evaluate.IS": {}}),
+    "evaluate.IS.splits": (4, {"evaluate.IS": {}}),
+    "evaluate.KID": ({}, {}),
+    "evaluate.KID.feature": ("logits_unbiased", {"evaluate.KID": {}}),
+    "evaluate.KID.subsets": (7, {"evaluate.KID": {}}),
+    "evaluate.KID.subset_size": (10, {"evaluate.KID": {}}),
+    "evaluate.KID.degree": (2, {"evaluate.KID": {}}),
+    "evaluate.KID.gamma": (0.5, {"evaluate.KID": {}}),
+    "evaluate.KID.coef": (2.0, {"evaluate.KID": {}}),
+    "evaluate.KID.feature_extractor_weights_path": ("inception.pth", {"evaluate.KID": {}}),
+    "evaluate.LPIPS": ({}, {}),
+    "evaluate.LPIPS.net_type": ("vgg", {"evaluate.LPIPS": {}}),
+    "evaluate.LPIPS.reduction": ("sum", {"evaluate.LPIPS": {}}),
     "train.use_ema": (False, {}),
     "train.ema_beta": (0.9, {}),
     "train.amp": (True, {}),
@@ -199,11 +227,13 @@ NAMED = {
     "train.save_all": (True, {}),  # the three stand in older example files
     "train.save_latest": (True, {}),
     "train.save_best": (True, {}),
-    "evaluate.n_evaluation_samples": (10, {}),
-    "evaluate.FID": ({"feature": 64}, {}),
-    "evaluate.IS": ({"feature": 64, "splits": 10}, {}),
-    "evaluate.KID": ({"feature": 64, "subset_size": 10}, {}),
-    "evaluate.LPIPS": ({"net_type": "vgg", "reduction": "mean"}, {}),
+    "evaluate.FID.input_img_size": ([3, 64, 64], {"evaluate.FID": {}}),
+    **{f"evaluate.{metric}.reset_real_features": (False, {f"evaluate.{metric}": {}}) for metric in ("FID", "KID")},
+    **{
+        f"evaluate.{metric}.{key}": (value, {f"evaluate.{metric}": {}})
+        for metric in ("FID", "IS", "KID", "LPIPS")
+        for key, value in TORCHMETRICS.items()
+    },
     "tracker.log.resume": (True, {}),
     "tracker.log.auto_resume": (False, {}),
     "tracker.log.verbose": (False, {}),
@@ -284,11 +314,7 @@ def keys_of(cls, prefix=""):
     for field in dataclasses.fields(cls):
         yield f"{prefix}{field.name}"
         for name, inside in vars(dalle2_schema).items():
-            if (
-                dataclasses.is_dataclass(inside)
-                and re.search(rf"\b{name}\b", str(field.type))
-                and prefix != "evaluate."
-            ):
+            if dataclasses.is_dataclass(inside) and re.search(rf"\b{name}\b", str(field.type)):
                 many = "[0]" if str(field.type).startswith(("list", "typing.Annotated[list")) else ""
                 yield from keys_of(inside, f"{prefix}{field.name}{many}.")
 
@@ -829,6 +855,18 @@ REFUSED = [
         "there are.",
     ),
     (
+        {"evaluate.n_evaluation_samples": 10, "evaluate.IS": {}},
+        "evaluate.IS.splits is 10, and evaluate.n_evaluation_samples is 10: each split needs at least two images.",
+    ),
+    (
+        {"evaluate.n_evaluation_samples": 1, "evaluate.FID": {}},
+        "evaluate.n_evaluation_samples is 1, and a metric needs at least two images.",
+    ),
+    (
+        {"evaluate.LPIPS": {}, "decoder.unconditional": True},
+        "evaluate.LPIPS compares images with those that they are made from, and decoder.unconditional is true",
+    ),
+    (
         {"evaluate.LPIPS": {"net_type": "vg"}},
         "evaluate.LPIPS.net_type is 'vg', and must be one of: alex, vgg, squeeze.",
     ),
@@ -1020,3 +1058,58 @@ def test_any_set_of_keys_is_a_run_or_a_list_of_problems(right, wrong):
             assert validate(translation.tree)
         assert found
         assert all(problem and "\n" not in problem for problem in found)
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_told_what_the_constructors_of_torchmetrics_have_for_defaults():
+    """{} is on with the defaults of the installed torchmetrics, which this asks."""
+    image = pytest.importorskip("torchmetrics.image")
+    ours = {"FID": "fid", "IS": "inception_score", "KID": "kid", "LPIPS": "lpips"}
+    theirs = {
+        "FID": image.fid.FrechetInceptionDistance,
+        "IS": image.inception.InceptionScore,
+        "KID": image.kid.KernelInceptionDistance,
+        "LPIPS": image.lpip.LearnedPerceptualImagePatchSimilarity,
+    }
+    sections = {"FID": "Fid", "IS": "InceptionScore", "KID": "Kid", "LPIPS": "Lpips"}
+    for name, constructor in theirs.items():
+        section = getattr(dalle2_schema, sections[name])
+        defaults = {field.name: field.default for field in dataclasses.fields(section)}
+        wanted = {key: p.default for key, p in inspect.signature(constructor).parameters.items() if key != "kwargs"}
+        assert {key: defaults.get(key, "missing") for key in wanted} == wanted
+        made = tree({f"evaluate.{name}": {}})["evaluate"]
+        assert [metric["name"] for metric in made["metrics"]] == [ours[name]]
+    every = {f"evaluate.{name}": {} for name in theirs}
+    fid, score, kid, lpips = tree(every)["evaluate"]["metrics"]
+    inception = {"name": "inception", "features": 2048, "weights": None, "resize": "antialiased"}
+    assert fid == {"name": "fid", "extractor": inception}
+    assert score["extractor"] == {**inception, "features": "logits_unbiased"}
+    assert (score["splits"], score["wants_logits"]) == (10, False)
+    assert (kid["subsets"], kid["subset_size"], kid["degree"], kid["gamma"], kid["coef"]) == (100, 1000, 3, None, 1.0)
+    assert lpips == {"name": "lpips", "net_type": "alex", "reduction": "mean"}
+
+
+def test_nothing_is_evaluated_without_a_metric_and_with_one_it_is_at_the_end_of_each_epoch():
+    assert tree()["evaluate"] == tree({"evaluate.FID": None})["evaluate"] == {}
+    assert load(changed(BASE, {"evaluate.n_evaluation_samples": 50})).run.evaluate.every is None
+    run = load(changed(BASE, {"evaluate.KID": {}, "evaluate.n_evaluation_samples": 2000, "seed": 3})).run
+    assert (run.evaluate.every, run.evaluate.split, run.evaluate.num_samples) == ("1 epochs", "val", 2000)
+    assert run.evaluate.every == run.validate.every
+    assert (run.evaluate.seed, run.evaluate.final_split, run.evaluate.guidance_scale) == (3, None, None)
+    assert run.evaluate.sampler == run.sample.sampler
+    counted = load(changed(BASE, {"evaluate.KID": {}, "train.epoch_samples": 5000})).run
+    assert counted.evaluate.every == counted.validate.every == "5000 samples"
+
+
+def test_what_metrics_do_otherwise_than_in_the_original_is_told():
+    found = notes({f"evaluate.{name}": {} for name in ("FID", "IS", "KID", "LPIPS")})
+    assert any(
+        note.startswith("evaluate.FID and evaluate.KID compare with all images of the val part") for note in found
+    )
+    assert "evaluate.IS is of the images that are made; in the original it was of the real ones." in found
+    assert not [note for note in notes() if "evaluate" in note]
+    alone = notes({"evaluate.IS": {"feature": 64}, "data.splits": {"train": 1, "val": 0, "test": 0}})
+    assert any(note.startswith("evaluate.IS.feature 64 takes features for what a classifier says") for note in alone)
+    assert "data.splits.val is 0, so that images are compared with those of training." in alone

@@ -41,8 +41,8 @@ def test_all_problems_are_told_at_once_each_with_its_path():
     }
     assert sorted(problems(wrong)) == sorted(
         [
-            "trian is not an option. Did you mean 'train'? Options: checkpoint, data, ema, export, optimizer, output, "
-            "overwrite, sample, seed, task, track, train, validate.",
+            "trian is not an option. Did you mean 'train'? Options: checkpoint, data, ema, evaluate, export, "
+            "optimizer, output, overwrite, sample, seed, task, track, train, validate.",
             "data.image_size is [1, 2, 3], and must be int >= 1 or [int >= 1, int >= 1].",
             "data.horizontal_flip is 'maybe', and must be true or false.",
             "data.source.roott is not an option of 'folder'. Did you mean 'root'? Options: caption_column, "

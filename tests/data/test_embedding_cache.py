@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eclosion.data.embedding_cache import EmbeddingCache
+from eclosion.data.embedding_cache import EmbeddingCache, EncodingCache
 from eclosion.errors import EnvironmentProblem
 
 DIM = 5
@@ -237,3 +237,33 @@ def test_embeddings_made_on_a_gpu_have_a_file_of_their_own(tmp_path):
     assert torch.equal(made(image.cuda()).cpu(), Counting()(image))
     assert made(image.cuda()).is_cuda
     assert (made.num_made, made.num_found) == (8, 8)
+
+
+class Spelling:
+    """A text encoder that counts the captions it sees; an encoding is the numbers of the first letters."""
+
+    dim, num_tokens, num_cut, fingerprint = 2, 3, 0, "letters"
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def tokens(self, captions):
+        self.seen += len(captions)
+        letters = [[float(ord(letter)) for letter in f"{caption:<6}"[:6]] for caption in captions]
+        return torch.tensor(letters).reshape(-1, 3, 2)
+
+    def to(self, device):
+        return self
+
+
+def test_a_caption_is_encoded_once_for_all_caches_of_a_folder_and_by_its_very_letters(tmp_path):
+    captions = ["cat", "Cat", "cat ", "", "caté", "cat"]
+    first, second = (EncodingCache(tmp_path, Spelling()) for _ in range(2))
+    none = EncodingCache(tmp_path / "none", Spelling(), limit_gb=0)
+    cpu = torch.device("cpu")
+    for cache in (first, second, none):
+        assert torch.equal(cache(captions, cpu), Spelling().tokens(captions))
+        assert cache([], cpu).shape == (0, 3, 2)
+    assert [cache.encoder.seen for cache in (first, second, none)] == [5, 0, 6]
+    assert (first.num_made, first.num_found, second.num_found) == (5, 1, 6)
+    assert not (tmp_path / "none").exists()

@@ -356,15 +356,20 @@ def test_ctrl_c_ends_the_wait_for_data_and_a_script_that_forgets_to_close_still_
         from eclosion.data.folder import FolderSource
         from eclosion.data.loader import Loader
         from eclosion.data.source import Sample
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
         class Slow:
             fingerprint, class_names, has_captions = "", (), False
             def __len__(self): return 1000
             def name(self, index): return str(index)
+            interrupt = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
             def read(self, index):
-                time.sleep(0.01)
+                if self.interrupt:  # while it waits: Python's locks are not safe from an interrupt in between
+                    self.interrupt.start()
+                    self.interrupt = None
+                time.sleep(0.05)
                 return Sample(Image.new("RGB", (4, 4)), str(index))
-        loader = Loader(Slow(), DataConfig(source=FolderSource(root="."), image_size=4), seed=0, batch_size=8)
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        options = DataConfig(source=FolderSource(root="."), image_size=4, num_threads=1)
+        loader = Loader(Slow(), options, seed=0, batch_size=8)
         try:
             list(loader.steps(0))
         except KeyboardInterrupt:

@@ -135,6 +135,28 @@ def test_validation_is_counted_and_what_is_not_used_of_it_is_told(make_config, t
     assert not (tmp_path / "run").exists()
 
 
+def test_what_an_evaluation_compares_is_counted_and_what_keeps_it_from_working_is_found(make_config, tmp_path):
+    others = {"name": "butterflies", "size": 30, "resolution": 20}
+    evaluate = {"every": "2 steps", "num_samples": 500, "final_split": "train"}
+    config = make_config(tmp_path / "run") | {"validate": {"source": others}, "evaluate": evaluate}
+    found = check(config)
+    assert found.problems == []
+    assert found.evaluation == [
+        "500 images against the 30 of val",
+        "500 images against the 40 of train, after the last step",
+    ]
+    assert any(note.startswith("kid: 30 images tell only large differences apart") for note in found.notes)
+    assert not any("is not used" in note for note in found.notes)
+    without = check(config, ["evaluate.every=null"])
+    assert without.evaluation == []
+    (tmp_path / "other.pth").write_bytes(b"something else")
+    path = f"evaluate.extractor={{name: inception, weights: {tmp_path / 'other.pth'}}}"
+    wrong = check(config, [path, "checkpoint.best=fid", "validate.source=null"])
+    assert [message.partition(",")[0] for message in messages(wrong)] == ["checkpoint.best is 'fid'"]
+    unreadable = check(config, [path])
+    assert any("other.pth" in message for message in messages(unreadable))
+
+
 def test_problems_of_validation_of_single_networks_and_of_guidance_are_found_at_once(make_config, tmp_path):
     config = make_config(tmp_path / "run", optimizer={"networks": {"unit": {"learning_rate": 1}}})
     config["validate"] = {"every": 5}

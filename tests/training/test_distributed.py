@@ -180,7 +180,10 @@ def ranks_of(config_path):
     return [int(pid) for pid in found.stdout.split()]
 
 
-@pytest.mark.parametrize("first", ["leader", "other", "everyone"])
+@pytest.mark.parametrize(
+    "first",
+    [pytest.param("leader", marks=pytest.mark.slow), pytest.param("other", marks=pytest.mark.slow), "everyone"],
+)
 def test_signals_that_come_apart_or_twice_still_leave_a_checkpoint(first, make_config, tmp_path):
     """A launcher passes on a signal that its children got already; nodes get theirs at different times."""
     config = without_dropout(make_config(tmp_path / "run", train={"duration": "4000 steps"}))
@@ -233,7 +236,7 @@ def test_a_refusal_of_the_leader_is_told_by_all(make_config, tmp_path):
     assert "Connection closed" not in output
 
 
-@pytest.mark.parametrize("micro_batch_size", [4, 2])
+@pytest.mark.parametrize("micro_batch_size", [pytest.param(4, marks=pytest.mark.slow), 2])
 def test_images_have_the_same_losses_in_two_processes_and_gradients_travel_once_a_step(
     micro_batch_size, make_config, tmp_path
 ):
@@ -263,7 +266,7 @@ def test_images_have_the_same_losses_in_two_processes_and_gradients_travel_once_
     assert one == pytest.approx(two, rel=1e-5)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_signal_inside_a_picture_leaves_a_checkpoint_to_go_on_from(parallel, make_config, results, tmp_path):
     """With split weights every call of a network is a meeting: all processes must leave at the same one."""
     sections = {

@@ -35,8 +35,8 @@ def compare(make_config, results, tmp_path, *, steps, num_kills, min_inside, see
     assert results(tmp_path / "killed") == results(whole)
 
 
-def test_twenty_kills_change_no_bit(make_config, results, tmp_path):
-    compare(make_config, results, tmp_path, steps=70, num_kills=21, min_inside=3, seed=0)
+def test_eight_kills_change_no_bit(make_config, results, tmp_path):
+    compare(make_config, results, tmp_path, steps=30, num_kills=8, min_inside=1, seed=0)
 
 
 @pytest.mark.slow

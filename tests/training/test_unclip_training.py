@@ -7,14 +7,17 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from eclosion import ConfigError, UnclipDecoderPipeline, export, shard, train
 from eclosion.data.loader import Loader
+from eclosion.diffusion.lowres import resize
 from eclosion.exporting import _networks
 from eclosion.registry import build
 from eclosion.rng import generator
-from eclosion.sampling import load_trained
+from eclosion.sampling import load_trained, pairs, to_uint8
+from eclosion.sampling.examples import in_order
 
 MODEL = {
     "base_channels": 4,
@@ -95,7 +98,7 @@ def cascade(output, shards, **sections):
         "track": {"every": "1 steps"},
     }
     for name, options in sections.items():
-        config[name] = {**config[name], **options} if isinstance(options, dict) else options
+        config[name] = {**config.get(name, {}), **options} if isinstance(options, dict) else options
     return config
 
 
@@ -198,6 +201,34 @@ def test_a_frozen_network_stays_as_it_is_and_in_the_checkpoint(shards, tmp_path)
     assert all("train/loss" in line for line in numbers)
 
 
+def test_a_preview_is_made_without_networks_that_nothing_was_trained_or_loaded_into(shards, tmp_path, whole):
+    def short(name, *frozen, **options):
+        return train(cascade(tmp_path / name, shards, train={"freeze": frozen, "duration": "1 steps"}), **options)
+
+    upper, lower = short("upper", "unet_0"), short("lower", "unet_1")
+    told = "unet_0: frozen, and never trained; previews are made with unet_1 alone"
+    assert told in (upper / "events.jsonl").read_text()
+    assert "previews are made with unet_0 alone" in (lower / "events.jsonl").read_text()
+    assert json.loads((upper / "checkpoints" / "step-00000001" / "state.json").read_text())["untrained"] == ["unet_0"]
+    trained = load_trained(upper, device="cpu")
+    data = trained.run.data
+    batch = Loader(data.source.open(), in_order(data), seed=0, batch_size=2).batch_at(range(2))
+    small = resize(batch["image"], (16, 16))
+    made = trained.task.sample(
+        trained.task.conditions(range(2)),
+        [generator(0, "sample", i) for i in range(2)],
+        sampler=trained.run.sample.sampler,
+        guidance_scale=trained.run.sample.guidance_scale,
+        first=1,
+        image=small,
+    )
+    with Image.open(upper / "samples" / "step-00000001.png") as sheet:
+        assert np.array_equal(np.asarray(sheet), np.asarray(pairs(to_uint8(small), to_uint8(made))))
+    last = max((whole / "checkpoints").glob("step-*"))  # what was trained elsewhere is used, though it is frozen
+    loaded = short("loaded", "unet_0", resume=str(last), accept_changes=True)
+    assert "never trained" not in (loaded / "events.jsonl").read_text()
+
+
 def test_all_networks_of_an_export_are_compared(shards, tmp_path, monkeypatch):
     """The negative control: the second network on disk is not the one that was written."""
     from eclosion.errors import EnvironmentProblem
@@ -248,3 +279,44 @@ def test_two_processes_train_two_networks_as_one_does(whole, aside, results):
         mine, other = weights(whole, name), weights(aside / "two", name)
         for key in mine:
             torch.testing.assert_close(mine[key], other[key], rtol=1e-2, atol=1e-3)
+
+
+def test_a_cascade_is_scored_on_what_it_makes_of_the_samples_of_a_part(shards, tmp_path):
+    """Each image beside its original; and nothing of the run is another for it."""
+    small = {"name": "efficientnet_lite0", "image_size": 32}
+    metrics = ["kid", {"name": "clip_score", "against": "original", "extractor": small}]
+    evaluate = {"every": "3 steps", "metrics": metrics, "extractor": small, "sampler": {"name": "ddim"}}
+    evaluate |= {"split": "train", "num_samples": 500, "batch_size": 5}
+    evaluate["sampler"]["num_inference_steps"] = 2
+    plain = train(cascade(tmp_path / "plain", shards))
+    run = train(cascade(tmp_path / "run", shards, evaluate=evaluate))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scored = {line["step"]: line for line in lines if "evaluate/kid/efficientnet_lite0" in line}
+    assert list(scored) == [3, 6]
+    assert "evaluate/clip_score/efficientnet_lite0" in scored[6]
+    rows = json.loads((run / "results.json").read_text())["results"]
+    assert {row["n"] for row in rows} == {
+        len(build("sources", load_trained(run).meta["config"]["data"]["source"]).open())
+    }
+    with Image.open(run / "evaluations" / "step-00000006" / "grid.png") as grid:
+        assert grid.info["legend"]  # originals stand above what was made of them
+    for name in ("unet_0", "unet_1.ema", "unet_1.optimizer"):
+        assert {key: value.tolist() for key, value in weights(run, name).items()} == {
+            key: value.tolist() for key, value in weights(plain, name).items()
+        }
+
+
+@pytest.mark.parametrize(("frozen", "side", "networks"), [("unet_1", 16, ["unet_0"]), ("unet_0", 32, ["unet_1"])])
+def test_networks_that_were_never_trained_make_no_images_that_are_scored(frozen, side, networks, shards, tmp_path):
+    small = {"name": "efficientnet_lite0", "image_size": 32}
+    metrics = ["kid", {"name": "clip_score", "against": "original", "extractor": small}]
+    evaluate = {"every": "2 steps", "metrics": metrics, "extractor": small, "split": "train", "num_samples": 4}
+    evaluate["sampler"] = {"name": "ddim", "num_inference_steps": 2}
+    options = {"freeze": [frozen], "duration": "2 steps"}
+    run = train(cascade(tmp_path / "run", shards, evaluate=evaluate, train=options, sample={"num_images": 0}))
+    rows = json.loads((run / "results.json").read_text())["results"]
+    assert len(rows) == 3
+    for row in rows:
+        assert row["made"]["size"] == [side, side]
+        assert row["made"]["networks"] == networks
+        assert row["against"] is None or row["against"]["size"] == [side, side]

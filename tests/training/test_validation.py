@@ -10,18 +10,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 
 from eclosion import ConfigError, DataError, sample, train
 from eclosion.data.loader import Loader
 from eclosion.data.source import part_of_data
 from eclosion.data.webdataset import WebDatasetSource
 from eclosion.errors import CheckpointError, Interrupted
+from eclosion.metrics.metric import Influence
 from eclosion.registry import build
 from eclosion.rng import generator
 from eclosion.sampling import load_trained
 from eclosion.sampling.examples import in_order
 from eclosion.training import validation
-from eclosion.training.scores import Score, Scores
+from eclosion.training.scores import CERTAIN, Score, Scores, is_better, paired_difference
+from eclosion.training.validation import BANDS, Losses
 
 OTHERS = {"name": "butterflies", "size": 30, "resolution": 20, "seed": 5}
 VALIDATE = {"validate": {"every": "2 steps", "num_samples": 21, "source": OTHERS}, "sample": {"num_images": 0}}
@@ -76,6 +79,25 @@ def test_it_is_the_mean_over_the_first_images_as_a_loop_by_hand_finds_it(whole):
     assert len(set(found.values())) == 7
 
 
+def test_bands_of_timesteps_and_standard_errors_are_those_that_a_loop_by_hand_finds(whole):
+    trained = load_trained(whole, device="cpu")
+    loader = Loader(build("sources", OTHERS).open(), in_order(trained.run.data), seed=trained.run.seed, batch_size=1)
+    losses, bands = [], []
+    for i in range(21):
+        batch = loader.batch_at([i])
+        drawn = trained.task.draw("unet", batch, [generator(trained.run.seed, "validation", i)])
+        with torch.no_grad():
+            losses.append(float(trained.task.loss("unet", batch, drawn)))
+        bands.append(int(drawn.t) // (1000 // BANDS))
+    assert numbers(whole, "validation/loss_error")[12] == pytest.approx(stats.sem(losses), rel=1e-5)
+    assert len(set(bands)) > 4
+    for band in range(BANDS):
+        inside = [loss for loss, own in zip(losses, bands, strict=True) if own == band]
+        mean, error = (numbers(whole, f"validation/{kind}/band_{band}") for kind in ("loss", "loss_error"))
+        assert ([mean[12]] if mean else []) == pytest.approx([np.mean(inside)] if inside else [], rel=1e-5)
+        assert ([error[12]] if error else []) == pytest.approx([stats.sem(inside)] if len(inside) > 1 else [], rel=1e-4)
+
+
 def test_images_are_taken_in_the_order_of_the_source_without_random_crops_or_mirrors(make_config, tmp_path):
     config = with_validation(make_config, tmp_path / "run", train={"duration": "1 steps"})
     plain = json.loads(json.dumps(config)) | {"output": str(tmp_path / "plain")}
@@ -92,7 +114,9 @@ def test_it_does_not_depend_on_how_batches_are_cut(train_options, make_config, w
 
 
 def test_it_changes_nothing_of_the_run(whole, uninterrupted, results):
-    assert results(whole)["hashes"] == results(uninterrupted)["hashes"]
+    hashes = results(whole)["hashes"]
+    del hashes["validation.safetensors"]
+    assert hashes == results(uninterrupted)["hashes"]
 
 
 def test_a_resumed_run_finds_the_same_numbers_and_the_same_best(make_config, whole, results, tmp_path):
@@ -110,17 +134,17 @@ def test_a_signal_in_a_validation_leaves_a_checkpoint_and_the_validation_is_made
     make_config, whole, results, tmp_path, monkeypatch
 ):
     config = with_validation(make_config, tmp_path / "run")
-    totals, calls = validation._totals, 0
+    measured, calls = validation._losses, 0
 
     def interrupted(c, *args):
         nonlocal calls
         calls += 1
         if calls == 3:  # at steps 0, 2 and 4
             os.kill(os.getpid(), signal.SIGTERM)
-        return totals(c, *args)
+        return measured(c, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(validation, "_totals", interrupted)
+        patch.setattr(validation, "_losses", interrupted)
         with pytest.raises(Interrupted, match="stopped at step 4, which is saved"):
             train(config)
     assert list(numbers(tmp_path / "run")) == [0, 2]
@@ -130,14 +154,15 @@ def test_a_signal_in_a_validation_leaves_a_checkpoint_and_the_validation_is_made
 
 
 def scripted(monkeypatch, losses):
-    """Validation finds what is written here, by step."""
-    totals = validation._totals
+    """Validation finds what is written here, by step, for each image."""
+    measured = validation._losses
 
     def told(c, *args):
-        found, skipped = totals(c, *args)
-        return {name: (losses.get(c.state.step, 9.0), 1.0) for name in found}, skipped
+        found, skipped = measured(c, *args)
+        values = torch.full((21,), losses.get(c.state.step, 9.0), dtype=torch.float64).nan_to_num(nan=math.inf)
+        return {name: Losses(values, own.bands) for name, own in found.items()}, skipped
 
-    monkeypatch.setattr(validation, "_totals", told)
+    monkeypatch.setattr(validation, "_losses", told)
 
 
 def test_the_best_checkpoint_outlives_newer_ones_and_is_known_when_the_run_goes_on(make_config, tmp_path, monkeypatch):
@@ -145,7 +170,7 @@ def test_the_best_checkpoint_outlives_newer_ones_and_is_known_when_the_run_goes_
     config = with_validation(make_config, tmp_path / "run", checkpoint={"every": "3 steps"})
     run = train(config)
     assert kept_in(run) == [4, 9, 12]  # 4 is no multiple of 3: it was written because it is the best
-    assert scores_of(run, 12)["best"] == {"step": 4, "loss": 0.2}
+    assert scores_of(run, 12)["best"] == {"step": 4, "value": pytest.approx(0.2), "error": None}
     assert numbers(run)[6] is None
     sampled = sample(run, checkpoint="best", num_images=1, num_inference_steps=1)
     assert sampled.name == "step-00000004-seed-0"
@@ -164,13 +189,13 @@ def test_the_best_checkpoint_is_not_kept_if_that_is_not_wanted(make_config, tmp_
     run = train(config)
     assert kept_in(run) == [9, 12]
     with pytest.raises(
-        CheckpointError, match=r"step-00000004: the checkpoint with the best .* checkpoint.keep_best=true"
+        CheckpointError, match=r"step-00000004: the best checkpoint is not kept. Set checkpoint.keep_best=true"
     ):
         load_trained(run, checkpoint="best")
 
 
 def test_a_checkpoint_that_cannot_be_chosen_is_told(uninterrupted, whole):
-    with pytest.raises(CheckpointError, match=r"no validation says which checkpoint is the best. Set validate.every"):
+    with pytest.raises(CheckpointError, match=r"nothing says which checkpoint is the best. Set validate.every"):
         load_trained(uninterrupted, checkpoint="best")
     with pytest.raises(
         ConfigError, match=r"'bets', and must be latest, best or the number of a step. Did you mean 'best'"
@@ -248,15 +273,114 @@ def test_a_source_says_where_its_validation_part_is():
     assert (part_of_data(butterflies, "val"), part_of_data(butterflies, "train")) == (None, butterflies)
 
 
+def losses_of(**means):
+    """Losses of three images, the same for each."""
+    return {name: torch.full((3,), mean, dtype=torch.float64) for name, mean in means.items()}
+
+
 def test_each_network_has_a_best_of_its_own_and_their_sum_decides():
     scores = Scores()
-    assert not scores.record(0, {"a": 0.1, "b": 0.1})  # untrained
-    assert scores.record(1, {"a": 3.0, "b": 1.0})
-    assert not scores.record(2, {"a": math.nan, "b": 0.9})
-    assert not scores.record(3, {"a": 2.0, "b": 2.0})  # as good is not better
-    assert scores.record(4, {"a": 2.5, "b": 1.2})
-    assert not scores.record(5, {"a": math.inf, "b": 0.0})
-    assert scores.best == Score(4, 3.7)
+    assert not scores.record(0, losses_of(a=0.125, b=0.125))  # untrained
+    assert scores.record(1, losses_of(a=3.0, b=1.0))
+    assert not scores.record(2, losses_of(a=math.inf, b=0.75))
+    assert not scores.record(3, losses_of(a=2.0, b=2.0))  # as good is not better
+    assert scores.record(4, losses_of(a=2.5, b=1.25))
+    assert not scores.record(5, losses_of(a=math.inf, b=0.0))
+    assert scores.best == Score(4, 3.75)
     assert scores.networks == {"a": Score(3, 2.0), "b": Score(5, 0.0)}
-    assert Scores.from_dict(json.loads(json.dumps(scores.as_dict()))) == scores
-    assert Scores.from_dict({}) == Scores()
+    kept = Scores.from_dict(json.loads(json.dumps(scores.as_dict())), scores.tensors())
+    assert kept == scores
+    assert {name: values.tolist() for name, values in kept.losses.items()} == {
+        "": [3.75] * 3,
+        "a": [2.0] * 3,
+        "b": [0.0] * 3,
+    }
+    assert Scores.from_dict({}, {}) == Scores()
+
+
+def test_the_paired_difference_is_that_of_a_paired_t_test():
+    rng = np.random.default_rng(3)
+    best = rng.gamma(0.5, 1.0, 300)
+    now = best - rng.normal(0.01, 0.1, 300)
+    mean, error = paired_difference(torch.from_numpy(now), torch.from_numpy(best))
+    theirs = stats.ttest_rel(now, best)
+    assert mean == pytest.approx(np.mean(now - best))
+    assert mean / error == pytest.approx(theirs.statistic, rel=1e-9)
+
+
+def test_the_best_does_not_flip_on_noise_and_a_small_gain_is_found_where_images_differ_much():
+    """Losses of single images differ a hundred times as much as two checkpoints do; a gain of a fiftieth is found."""
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.gamma(0.5, 1.0, 500))
+
+    def flips(gain):
+        scores = Scores()
+        first, second = (images * (1 - gain * k) + torch.from_numpy(rng.normal(0, 0.01, 500)) for k in (0, 1))
+        assert scores.record(1, {"unet": first})
+        return scores.record(2, {"unet": second})
+
+    alike = sum(flips(0.0) for _ in range(600))
+    assert 600 * 0.005 < alike < 600 * 0.05  # once in forty-four; the lower mean would flip every other time
+    assert all(flips(0.02) for _ in range(50))
+
+
+def test_gains_too_small_to_see_from_one_validation_to_the_next_add_up():
+    rng = np.random.default_rng(1)
+    images = torch.from_numpy(rng.gamma(0.5, 1.0, 400))
+    slow = [images * (1 - 0.001 * k) + torch.from_numpy(rng.normal(0, 0.05, 400)) for k in range(1, 101)]
+    scores = Scores()
+    chosen = [k for k, losses in enumerate(slow, 1) if scores.record(k, {"unet": losses})]
+    assert 2 < len(chosen) < 25
+    assert chosen[-1] > 80
+
+
+def test_images_that_could_not_be_read_take_no_part_in_a_comparison():
+    best = torch.tensor([1.0, 2.0, math.nan, 4.0], dtype=torch.float64)
+    now = torch.tensor([0.9, math.nan, 0.0, 3.9], dtype=torch.float64)
+    assert paired_difference(now, best)[0] == pytest.approx(-0.1)
+    assert is_better(now, best)
+    assert not is_better(best, now)
+
+
+def test_a_score_decides_when_it_is_better_by_more_than_its_errors():
+    scores = Scores(decided_by="kid")
+    assert not scores.decide(Score(1, math.nan), lower=True)
+    assert scores.decide(Score(2, 0.5, 0.03), lower=True)
+    assert not scores.decide(Score(3, 0.5 - CERTAIN * 0.05, 0.04), lower=True)
+    assert scores.decide(Score(4, 0.39, 0.04), lower=True)
+    assert not scores.record(5, losses_of(a=1.0))  # validation has no say in it
+    assert scores.best == Score(4, 0.39, 0.04)
+    assert scores.decide(Score(5, 0.38), lower=False) is False
+    assert scores.decide(Score(6, 0.5), lower=False)
+
+
+def test_scores_of_the_same_noise_are_compared_image_by_image():
+    """Two scores whose errors are as large as they are, and which differ by a tenth of that, on every image alike."""
+    rng = np.random.default_rng(5)
+    common, reference = (torch.from_numpy(rng.normal(0, 1, count)) for count in (200, 90))
+
+    def influence(count=200):
+        return Influence(common[:count] + torch.from_numpy(rng.normal(0, 0.02, count)), reference)
+
+    error = float(common.std()) / math.sqrt(200)
+    scores = Scores(decided_by="kid")
+    assert scores.decide(Score(1, 1.0, error), lower=True, influence=influence())
+    assert not scores.decide(Score(2, 0.999, error), lower=True, influence=influence())
+    assert scores.decide(Score(3, 1.0 - error / 10, error), lower=True, influence=influence())
+    kept = Scores.from_dict(json.loads(json.dumps(scores.as_dict())), scores.tensors())
+    assert kept.best == scores.best
+    for other in (scores, kept):
+        assert other.decide(Score(4, 1.0 - error / 5, error), lower=True, influence=influence())
+    assert not scores.decide(Score(5, 1.0 - error, error), lower=True)  # nothing to pair it with
+    assert not scores.decide(Score(5, 1.0 - error, error), lower=True, influence=influence(199))
+    scores.forget_best("fid")
+    assert scores.tensors() == {}
+
+
+def test_what_an_older_version_kept_is_compared_by_its_mean():
+    kept = {"step": 3, "best": {"step": 3, "loss": 0.5}, "networks": {"a": {"step": 3, "loss": 0.5}}}
+    scores = Scores.from_dict(kept, {})
+    assert scores.best == Score(3, 0.5)
+    assert not scores.record(4, losses_of(a=0.5))
+    assert scores.record(5, losses_of(a=0.25))
+    assert scores.losses.keys() == {"", "a"}

@@ -216,7 +216,8 @@ def sample(
         Path | None, typer.Option(help="Text that goes with the embeddings: a .npy file, rows x tokens x dim.")
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="Make images from those in a folder, through the run's encoder.")
+        Path | None,
+        typer.Option(help="Make images from those in a folder, and captions beside them, through the run's encoder."),
     ] = None,
     from_data: Annotated[
         Literal["train", "val", "test"] | None, typer.Option(help="Make images from the first samples of the data.")
@@ -238,7 +239,10 @@ def sample(
     ] = "0",
     last: Annotated[str | None, typer.Option(metavar="NETWORK", help="End with this network of a cascade.")] = None,
     checkpoint: Annotated[
-        str, typer.Option(metavar="latest|best|STEP", help="Which checkpoint of the run; best by validation loss.")
+        str,
+        typer.Option(
+            metavar="latest|best|STEP", help="Which checkpoint of the run; checkpoint.best says what best is."
+        ),
     ] = "latest",
     out: Annotated[Path | None, typer.Option(help="Where images go; a folder inside the run's if not given.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images made at once.")] = 16,
@@ -292,7 +296,10 @@ def export(
         Literal["ddpm", "ddim", "unclip"] | None, typer.Option(help="Which pipeline; the task's first if left out.")
     ] = None,
     checkpoint: Annotated[
-        str, typer.Option(metavar="latest|best|STEP", help="Which checkpoint of the run; best by validation loss.")
+        str,
+        typer.Option(
+            metavar="latest|best|STEP", help="Which checkpoint of the run; checkpoint.best says what best is."
+        ),
     ] = "latest",
 ) -> None:
     """Write a diffusers pipeline, load it again and compare."""
@@ -436,6 +443,158 @@ def embed(
     print(f"mean length {written.mean_norm:.4g}; encoder {written.fingerprint}")
     for reason, count in written.skipped.items():
         print(f"without embedding: {count:,} {reason}")
+
+
+@app.command()
+def evaluate(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="WHAT", help="A run folder, one of its checkpoints, a pipeline folder, or a folder of images."
+        ),
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA|FOLDER|STATS|RUN",
+            help="A config, a source's name, a folder of images, a file of `eclosion stats`, or as WHAT; else the "
+            "run's own data.",
+        ),
+    ] = None,
+    train: Annotated[
+        str | None, typer.Option(metavar="DATA|FOLDER", help="What was trained on, for memorisation.")
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[,OPTION=VALUE...],...", help="Such as kid,fid; the run's own, or kid, if not given."
+        ),
+    ] = None,
+    num_images: Annotated[
+        int | None,
+        typer.Option(
+            "-n", "--n", "--num-images", min=1, help="How many; 1000 are made if not given, else all there are."
+        ),
+    ] = None,
+    extractor: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[,OPTION=VALUE...]",
+            help="See `eclosion list encoders`; else the run's, or efficientnet_lite0.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Image i depends on this, on i and on what it is made from.")
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="See `eclosion list samplers`; the run's own if not given.")
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option(metavar="N[,N...]", help="Network calls per image; one number, or one per network.")
+    ] = None,
+    guidance_scale: Annotated[
+        str | None,
+        typer.Option(
+            metavar="X[,X...]", help="How strongly images follow their condition; one number, or one per network."
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        str, typer.Option(metavar="latest|best|STEP", help="Which checkpoint of the run.")
+    ] = "latest",
+    split: Annotated[
+        Literal["train", "val", "test"] | None,
+        typer.Option(help="The part of the data to compare with, and to follow; the config's own, or val."),
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Height and width that images of folders and data are brought to.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images made at once; the run's own, or 16, if not given.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where results.json and pictures go; the run's folder if not given.")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = "auto",
+    as_json: AsJson = False,
+    allow_pipe: AllowPipe = False,
+) -> None:
+    """Score images against others: how alike they are, and how far the number can be trusted."""
+    from eclosion.cli.terminal import phases_bar, print_evaluation
+    from eclosion.evaluation.evaluating import evaluate
+    from eclosion.inspection.named_source import shards_or_text
+
+    with _pipes(allow_pipe), phases_bar() as (on_phase, on_image):
+        found = evaluate(
+            shards_or_text(what),
+            against=shards_or_text(against),
+            train=shards_or_text(train),
+            metrics=metrics,
+            num_images=num_images,
+            extractor=extractor,
+            seed=seed,
+            sampler=sampler,
+            num_inference_steps=_numbers(steps, int, "--steps"),
+            guidance_scale=_numbers(guidance_scale, float, "--guidance-scale"),
+            checkpoint=checkpoint,
+            split=split,
+            image_size=image_size,
+            batch_size=batch_size,
+            out=out,
+            device=device,
+            on_image=on_image,
+            on_phase=on_phase,
+        )
+    _print(found, print_evaluation, json_wanted=as_json)
+
+
+@app.command()
+def stats(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A config, a folder of images, shards such as a/{}.tar, or a name.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The file to write, such as stats.safetensors.")],
+    overrides: Overrides = None,
+    extractor: Annotated[
+        str, typer.Option(help="An encoder, with options as in clip,model=ViT-B/32; or a YAML file.")
+    ] = "efficientnet_lite0",
+    num_images: Annotated[
+        int | None, typer.Option("-n", "--n", "--num-images", min=2, help="How many, chosen at random; else all.")
+    ] = None,
+    split: Annotated[
+        Literal["train", "val", "test"] | None, typer.Option(help="The part of the data; else what SOURCE names.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Bring images to this size first; else a config's, or that of the files.")
+    ] = None,
+    num_kept: Annotated[int, typer.Option(min=1, help="Images whose features themselves are kept.")] = 20_000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of images.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that go through the extractor at once.")] = 64,
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = "auto",
+    allow_pipe: AllowPipe = False,
+) -> None:
+    """Write the features of a set of images into one file, to compare others with. Interrupted, it goes on."""
+    from eclosion.cli.terminal import counting_bar
+    from eclosion.evaluation.statistics import read_statistics
+    from eclosion.evaluation.stats import stats
+    from eclosion.inspection.named_source import encoder_of, source_or_config
+
+    with _pipes(allow_pipe), counting_bar("looking at images") as on_image:
+        path = stats(
+            source_or_config(source, overrides or []),
+            out,
+            extractor=encoder_of(extractor, source, overrides or []),
+            num_images=num_images,
+            split=split,
+            image_size=image_size,
+            num_kept=num_kept,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+            on_image=on_image,
+        )
+    _, facts = read_statistics(path, "out")
+    print(f"{facts.num_images:,} images, features of {facts.num_kept:,} with {facts.dim:,} numbers each: {path}")
+    print(f"extractor {facts.extractor.get('name')}, weights {facts.weights}, resize {facts.resize}")
 
 
 @app.command()

@@ -17,6 +17,8 @@ from eclosion.errors import UserError
 
 if TYPE_CHECKING:  # for types alone: they import torch
     from eclosion.diagnosis import Diagnosis
+    from eclosion.evaluation.evaluating import Evaluation
+    from eclosion.evaluation.results import Floor, Result
     from eclosion.inspection.checking import Check
     from eclosion.inspection.indexing import IndexReport
     from eclosion.inspection.parts import PartInfo
@@ -25,8 +27,10 @@ if TYPE_CHECKING:  # for types alone: they import torch
 __all__ = [
     "as_json",
     "counting_bar",
+    "phases_bar",
     "print_check",
     "print_diagnosis",
+    "print_evaluation",
     "print_index",
     "print_parts",
     "print_runs",
@@ -58,6 +62,8 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, datetime):
         return value.isoformat(timespec="seconds")
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no such number
     return str(value) if isinstance(value, Path) else value
 
 
@@ -115,6 +121,8 @@ def _facts(check: "Check") -> Iterator[tuple[str, str]]:
         yield "captions", "yes" if data.has_captions else "none"
     if check.validation:
         yield "validation", f"{check.validation.num_samples:,} images"
+    for told in check.evaluation:
+        yield "evaluation", told
     if check.plan:
         plan = check.plan
         yield "steps", f"{plan.num_steps:,}, {plan.steps_per_epoch:,.4g} in an epoch"
@@ -212,6 +220,69 @@ def sampling_bar() -> Iterator[Callable[[int, int], None]]:
             progress.update(task, total=steps, completed=step + 1)
 
         yield on_step
+
+
+# --- evaluate ------------------------------------------------------------------------------------------------------
+
+
+def print_evaluation(found: "Evaluation") -> None:
+    """One line per score, with what a reader must know of it."""
+    console = _console()
+    against = f", against {found.against}" if found.against else ""
+    console.print(Text(f"{found.n:,} images: {found.what}{against}"))
+    table = _table("score", "value", "", "95 % interval", "real against real", "n", "better", "extractor", right=[1, 5])
+    for row in found.results:
+        known = [_error(row), _interval(row), _floor(row.floor)]
+        _row(table, row.score, _number(row.value), *known, _counts(row), row.better, _extractor(row))
+    console.print(table)
+    for note in found.notes:
+        console.print(Text(f"note: {note}"))
+    if found.written:
+        console.print(Text(f"Written: {', '.join(map(str, found.written))}"))
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _error(row: "Result") -> str:
+    return "" if row.error is None else f"± {row.error:.2g}"
+
+
+def _interval(row: "Result") -> str:
+    return "" if row.interval is None else f"{_number(row.interval[0])} to {_number(row.interval[1])}"
+
+
+def _floor(floor: "Floor | None") -> str:
+    return "" if floor is None else f"{_number(floor.value)} ({floor.n:,} and {floor.n_reference:,})"
+
+
+def _counts(row: "Result") -> str:
+    return f"{row.n:,}" if row.n_reference is None else f"{row.n:,} and {row.n_reference:,}"
+
+
+def _extractor(row: "Result") -> str:
+    return f"{row.extractor.name} {row.extractor.weights}" if row.extractor else ""
+
+
+@contextmanager
+def phases_bar() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
+    """A bar for each phase of some work, with the time that is left; gives `on_phase` and `on_image`.
+
+    Nothing where there is no terminal.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        now = [progress.add_task("starting", total=None)]
+
+        def on_phase(phase: str) -> None:
+            progress.stop_task(now[0])
+            now[0] = progress.add_task(phase, total=None)
+
+        yield on_phase, lambda done, total: progress.update(now[0], completed=done, total=total)
 
 
 # --- index ---------------------------------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ FREE = (
     "train.deterministic",
     "sample",
     "validate",
+    "evaluate",
     "checkpoint",
     "track",
 )

@@ -11,10 +11,12 @@ from typing import Any
 from eclosion.config.dalle2_cascade import TOLD
 from eclosion.config.dalle2_checks import problems_of
 from eclosion.config.dalle2_data import data_tree
+from eclosion.config.dalle2_evaluate import evaluate_tree
 from eclosion.config.dalle2_notes import notes_of
 from eclosion.config.dalle2_per_unet import (
     blurs,
     encodes,
+    encodes_text,
     followed,
     follows,
     for_upsamplers,
@@ -121,6 +123,12 @@ def _tree(file: DecoderFile, unets: list[dict[str, Any]], world_size: int) -> di
             "every": (f"{epoch} samples" if epoch else "1 epoch") if file.data.splits.val > 0 else None,
             "num_samples": train.validation_samples,
         },
+        "evaluate": evaluate_tree(
+            file.evaluate,
+            every=f"{epoch} samples" if epoch else "1 epoch",
+            seed=file.seed,
+            sampler=samplers[0] if one_sampler else None,
+        ),
         "checkpoint": {"every": f"{often} samples", "keep_best": any(save.save_best_to for save in file.tracker.save)},
         "track": {"log": ["console" if file.tracker.log.log_type == "wandb" else file.tracker.log.log_type]},
     }
@@ -135,7 +143,7 @@ def _task(file: DecoderFile, unets: list[dict[str, Any]], samplers: list[dict[st
         "image_dropout": decoder.image_cond_drop_prob,
         "text_dropout": decoder.text_cond_drop_prob,
         "unconditional": decoder.unconditional,
-        "encoder": clip if encodes(file) else None,
+        "encoder": clip if encodes(file) or encodes_text(file) else None,
         "image_embed_dim": decoder.unets[0].image_embed_dim if follows(file, "image") else None,
         "text_embed_dim": next(iter(text_dims(decoder)), None),
         "clip_sample": decoder.clip_denoised and decoder.clip_x_start,

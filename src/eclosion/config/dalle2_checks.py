@@ -102,11 +102,24 @@ def _dropped(decoder: Decoder, kind: str) -> bool:
 
 
 def _wrong_evaluation(file: DecoderFile) -> Iterator[str]:
-    kid, count = file.evaluate.KID, file.evaluate.n_evaluation_samples
+    evaluate, count = file.evaluate, file.evaluate.n_evaluation_samples
+    kid, score = evaluate.KID, evaluate.IS
+    if evaluate.metrics and count < 2:
+        yield "evaluate.n_evaluation_samples is 1, and a metric needs at least two images."
     if kid and kid.subset_size > count:
         yield (
             f"evaluate.KID.subset_size is {kid.subset_size}, and evaluate.n_evaluation_samples is {count}: a subset "
             "cannot have more images than there are."
+        )
+    if score and 2 * score.splits > count:
+        yield (
+            f"evaluate.IS.splits is {score.splits}, and evaluate.n_evaluation_samples is {count}: each split needs at "
+            "least two images."
+        )
+    if evaluate.LPIPS and file.decoder.unconditional:
+        yield (
+            "evaluate.LPIPS compares images with those that they are made from, and decoder.unconditional is true, so "
+            "that they are made from nothing. Remove one of them."
         )
 
 

@@ -27,7 +27,7 @@ def notes_of(file: DecoderFile, written: Mapping[str, Any], *, world_size: int) 
         *_data(file, world_size),
         *_training(file),
         *_tracker(file),
-        *_evaluation(written),
+        *_evaluation(file),
         *_dead(file, written),
     ]
 
@@ -63,7 +63,7 @@ def _decoder(file: DecoderFile, written: Mapping[str, Any]) -> Iterator[str]:
     if still := [i for i, unet in enumerate(decoder.unets) if not unet.attend_at_middle]:
         yield f"{_unets(still, 'attend_at_middle')} {works}: the bottleneck has no self-attention."
     if any(scale != 1 for scale in per_unet(file.train.cond_scale, 1)) and not decoder.unconditional:
-        yield f"train.cond_scale {works}: grids are sampled with it."
+        yield f"train.cond_scale {works}: grids are sampled with it, and what metrics look at."
 
 
 def _unets(which: list[int], key: str) -> str:
@@ -80,7 +80,7 @@ def _embeddings(file: DecoderFile) -> Iterator[str]:
     if follows(file, "text") and not data.text_embeddings_url:
         yield (
             "data.text_embeddings_url is not given, so text encodings are read from the shards (.text_emb.npy)"
-            + ("; decoder.clip makes none here." if clip else ".")
+            + ("; where they hold none, decoder.clip makes them of the captions (.txt)." if clip else ".")
         )
 
 
@@ -154,10 +154,22 @@ def _save(path: str, save: TrackerSave) -> Iterator[str]:
         )
 
 
-def _evaluation(written: Mapping[str, Any]) -> Iterator[str]:
-    given = sorted({".".join(path.split(".")[:2]) for path in written if path.startswith("evaluate.")})
-    if given:
-        yield f"{_listed(given)} accepted, and {_has(given)} no effect yet: metrics are not computed."
+def _evaluation(file: DecoderFile) -> Iterator[str]:
+    evaluate = file.evaluate
+    if compared := [f"evaluate.{name}" for name in ("FID", "KID") if name in evaluate.metrics]:
+        yield (
+            f"{' and '.join(compared)} {'compares' if len(compared) == 1 else 'compare'} with all images of the val "
+            "part, over all processes; the original with as many as were made, on each process by itself."
+        )
+    if evaluate.IS:
+        yield "evaluate.IS is of the images that are made; in the original it was of the real ones."
+    if evaluate.IS and evaluate.IS.feature != "logits_unbiased":
+        yield (
+            f"evaluate.IS.feature {evaluate.IS.feature} takes features for what a classifier says, as the original "
+            "does, and that is no inception score. The default is logits_unbiased."
+        )
+    if evaluate.metrics and file.data.splits.val == 0:
+        yield "data.splits.val is 0, so that images are compared with those of training."
 
 
 def _dead(file: DecoderFile, written: Mapping[str, Any]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from eclosion.config.dalle2_schema import Decoder, DecoderFile
 __all__ = [
     "blurs",
     "encodes",
+    "encodes_text",
     "followed",
     "follows",
     "for_upsamplers",
@@ -82,6 +83,11 @@ def follows(file: DecoderFile, kind: str) -> bool:
 def encodes(file: DecoderFile) -> bool:
     """Whether CLIP makes the embeddings of images while training."""
     return file.decoder.clip is not None and follows(file, "image") and file.data.img_embeddings_url is None
+
+
+def encodes_text(file: DecoderFile) -> bool:
+    """Whether CLIP makes the encodings of captions while training, unless the shards hold them."""
+    return file.decoder.clip is not None and follows(file, "text") and file.data.text_embeddings_url is None
 
 
 def text_dims(decoder: Decoder) -> list[int]:

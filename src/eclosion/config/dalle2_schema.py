@@ -129,7 +129,7 @@ class Unet:
 
 @part
 class Clip:
-    """The network that makes image embeddings while training."""
+    """The network that makes image embeddings, and encodings of captions, while training."""
 
     # Whose: openai or open_clip. x-clip and coca are networks without weights, and are refused.
     make: Literal["openai", "open_clip", "x-clip", "coca"] = "openai"
@@ -149,7 +149,7 @@ class Decoder:
     image_sizes: list[Positive] | None = None
     # The same for one U-Net; has no effect beside image_sizes.
     image_size: int | None = None
-    # Makes the image embeddings where the data has none.
+    # Makes the image embeddings where the data has none; and, for U-Nets that are told text, encodings of the captions.
     clip: Clip | None = None
     # Channels of the images: 3.
     channels: int = 3
@@ -240,7 +240,7 @@ class Data:
     webdataset_base_url: Text
     # Folder of image embeddings; without it, and without decoder.clip, they are read from the shards.
     img_embeddings_url: Text | None = None
-    # Folder of text encodings; without it they are read from the shards.
+    # Folder of text encodings; without it they are read from the shards, or decoder.clip makes them of the captions.
     text_embeddings_url: Text | None = None
     # Threads that decode images; 0 works here. Each image comes once an epoch, whatever their number.
     num_workers: NonNegative = 4
@@ -315,84 +315,122 @@ class Train:
 
 @part
 class Fid:
-    """Frechet inception distance."""
+    """Options of torchmetrics' FrechetInceptionDistance."""
 
     # Width of the layer of the Inception network that is compared.
     feature: InceptionLayer = 2048
-    # Whether what is known of the real images is forgotten between two computations.
-    reset_real_features: bool = True
-    # Whether images are numbers in [0, 1].
-    normalize: bool = False
-    # Channels, height and width that the network sees.
-    input_img_size: tuple[Positive, Positive, Positive] = (3, 299, 299)
     # Weights of the network; null takes the usual ones.
-    feature_extractor_weights_path: str | None = None
-    # Whether images are smoothed when they are made smaller.
+    feature_extractor_weights_path: Text | None = None
+    # Whether images are smoothed when they are made smaller; false resizes as TensorFlow did, as in published scores.
     antialias: bool = True
+    # Accepted, has no effect because the network sees 299 x 299 pixels, whatever it is given.
+    input_img_size: tuple[Positive, Positive, Positive] = (3, 299, 299)
+    # Accepted, has no effect because what is known of real images is kept on disk, and is what it would be anew.
+    reset_real_features: bool = True
+    # Accepted, has no effect because scores are computed from the pixels of a PNG.
+    normalize: bool = False
+    # Accepted, has no effect because it says how torchmetrics keeps its sums.
+    compute_on_cpu: bool = False
+    # Accepted, has no effect because features of all processes are gathered, and scored once.
+    dist_sync_on_step: bool = False
+    # Accepted, has no effect because features of all processes are gathered, and scored once.
+    sync_on_compute: bool = True
+    # Accepted, has no effect because it says how torchmetrics keeps its sums.
+    compute_with_cache: bool = True
 
 
 @part
 class InceptionScore:
-    """Inception score."""
+    """Options of torchmetrics' InceptionScore."""
 
-    # Layer of the Inception network that is looked at.
+    # Layer of the Inception network that is looked at; other than logits_unbiased it is no score of classes.
     feature: InceptionLayer | Literal["logits_unbiased"] = "logits_unbiased"
-    # Parts into which the images are divided for its spread.
+    # Parts into which the images are divided for its spread; each needs at least two images.
     splits: Positive = 10
-    # Whether images are numbers in [0, 1].
+    # Accepted, has no effect because scores are computed from the pixels of a PNG.
     normalize: bool = False
+    # Accepted, has no effect because it says how torchmetrics keeps its sums.
+    compute_on_cpu: bool = False
+    # Accepted, has no effect because features of all processes are gathered, and scored once.
+    dist_sync_on_step: bool = False
+    # Accepted, has no effect because features of all processes are gathered, and scored once.
+    sync_on_compute: bool = True
+    # Accepted, has no effect because it says how torchmetrics keeps its sums.
+    compute_with_cache: bool = True
 
 
 @part
 class Kid:
-    """Kernel inception distance."""
+    """Options of torchmetrics' KernelInceptionDistance."""
 
-    # Width of the layer of the Inception network that is compared.
-    feature: InceptionLayer = 2048
+    # Layer of the Inception network that is compared.
+    feature: InceptionLayer | Literal["logits_unbiased"] = 2048
     # Subsets over which it is averaged.
     subsets: Positive = 100
-    # Images in a subset; at most n_evaluation_samples.
-    subset_size: Positive = 1000
+    # Images in a subset; at most n_evaluation_samples, and at most the images of the val part.
+    subset_size: Annotated[int, Field(ge=2)] = 1000
     # Degree of the polynomial kernel.
     degree: Positive = 3
     # Its factor; null is one over the layer's width.
-    gamma: float | None = None
+    gamma: Annotated[float, Field(gt=0)] | None = None
     # Its constant.
-    coef: float = 1.0
-    # Whether what is known of the real images is forgotten between two computations.
+    coef: Annotated[float, Field(gt=0)] = 1.0
+    # Weights of the network; null takes the usual ones. Works here.
+    feature_extractor_weights_path: Text | None = None
+    # Accepted, has no effect because what is known of real images is kept on disk, and is what it would be anew.
     reset_real_features: bool = True
-    # Whether images are numbers in [0, 1].
+    # Accepted, has no effect because scores are computed from the pixels of a PNG.
     normalize: bool = False
-    # Weights of the network; null takes the usual ones.
-    feature_extractor_weights_path: str | None = None
+    # Accepted, has no effect because it says how torchmetrics keeps its sums.
+    compute_on_cpu: bool = False
+    # Accepted, has no effect because features of all processes are gathered, and scored once.
+    dist_sync_on_step: bool = False
+    # Accepted, has no effect because features of all processes are gathered, and scored once.
+    sync_on_compute: bool = True
+    # Accepted, has no effect because it says how torchmetrics keeps its sums.
+    compute_with_cache: bool = True
 
 
 @part
 class Lpips:
-    """Learned perceptual image patch similarity."""
+    """Options of torchmetrics' LearnedPerceptualImagePatchSimilarity."""
 
     # The network whose layers are compared.
     net_type: Literal["alex", "vgg", "squeeze"] = "alex"
     # How the images are summed up.
     reduction: Literal["mean", "sum"] = "mean"
-    # Whether images are numbers in [0, 1].
+    # Accepted, has no effect because scores are computed from the pixels of a PNG.
     normalize: bool = False
+    # Accepted, has no effect because it says how torchmetrics keeps its sums.
+    compute_on_cpu: bool = False
+    # Accepted, has no effect because features of all processes are gathered, and scored once.
+    dist_sync_on_step: bool = False
+    # Accepted, has no effect because features of all processes are gathered, and scored once.
+    sync_on_compute: bool = True
+    # Accepted, has no effect because it says how torchmetrics keeps its sums.
+    compute_with_cache: bool = True
 
 
 @part
 class Evaluate:
-    """Metrics. Checked; nothing of it is computed yet, and a note says so."""
+    """Metrics at the end of each epoch, of images made with the averages of the weights, against the val part."""
 
-    # Images that are made for them.
+    # Images that are made for them; at most as many as the val part has.
     n_evaluation_samples: Positive = 1000
-    # An object switches it on.
+    # Frechet inception distance; an object switches it on, null is off.
     FID: Fid | None = None
-    # An object switches it on.
+    # Inception score, of the images that are made; an object switches it on, null is off.
     IS: InceptionScore | None = None
-    # An object switches it on.
+    # Kernel inception distance; an object switches it on, null is off.
     KID: Kid | None = None
-    # An object switches it on.
+    # Learned perceptual image patch similarity between an original and what is made from it; an object switches it on,
+    # null is off.
     LPIPS: Lpips | None = None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Those that are on, in the order of the original."""
+        return tuple(name for name in ("FID", "IS", "KID", "LPIPS") if getattr(self, name) is not None)
 
 
 @part
@@ -444,8 +482,8 @@ class TrackerSave:
     save_to: Literal["local", "huggingface", "wandb"] = "local"
     # Path of the newest checkpoint; null or false for none. The newest are always kept, in the run folder.
     save_latest_to: Text | Literal[False] | None = None
-    # Path of the checkpoint with the lowest validation loss; null or false for none. With a path it is kept, in the run
-    # folder.
+    # Path of the checkpoint that is best by its validation loss; null or false for none. With a path it is kept, in the
+    # run folder.
     save_best_to: Text | Literal[False] | None = None
     # Path for the config; null for none. It is always kept, in the run folder.
     save_meta_to: Text | None = None
@@ -491,7 +529,7 @@ class DecoderFile:
     data: Data
     # How long, and how.
     train: Train = field(default_factory=Train)
-    # Metrics.
+    # Metrics at the end of each epoch.
     evaluate: Evaluate = field(default_factory=Evaluate)
     # The run's folder, and where else its numbers and weights go.
     tracker: Tracker = field(default_factory=Tracker)

@@ -16,7 +16,12 @@ CASCADE = "the place in the cascade decides"
 GRADIENTS = "each U-Net exchanges its gradients by itself"
 GOES_ON = "a run that is not finished always goes on"
 KEPT = "it had none; tracker.save says what is kept"
+REFERENCE = "what is known of real images is kept on disk, and is what it would be anew"
+GATHERED = "features of all processes are gathered in the order of the images, and scored once"
 NONE = object()
+METRICS = ("FID", "IS", "KID", "LPIPS")
+# How torchmetrics keeps its sums and adds them over processes, and its defaults.
+STATES = {"compute_on_cpu": False, "dist_sync_on_step": False, "sync_on_compute": True, "compute_with_cache": True}
 # Key -> why it has no effect, and the value that says what happens anyway.
 DEAD: dict[str, tuple[str, Any]] = {
     "decoder.unets[].out_dim": ("it had none", NONE),
@@ -34,6 +39,10 @@ DEAD: dict[str, tuple[str, Any]] = {
     "train.save_all": (KEPT, NONE),
     "train.save_latest": (KEPT, NONE),
     "train.save_best": (KEPT, NONE),
+    "evaluate.FID.input_img_size": ("the network sees 299 x 299 pixels, whatever it is given", [3, 299, 299]),
+    **{f"evaluate.{name}.normalize": ("scores are of the pixels of a PNG", False) for name in METRICS},
+    **{f"evaluate.{name}.reset_real_features": (REFERENCE, True) for name in ("FID", "KID")},
+    **{f"evaluate.{name}.{key}": (GATHERED, value) for name in METRICS for key, value in STATES.items()},
     "tracker.log.resume": (GOES_ON, False),
     "tracker.log.auto_resume": (GOES_ON, True),
     "tracker.log.verbose": ("numbers are always shown on the console too", True),
@@ -66,11 +75,15 @@ def unused(file: DecoderFile, written: Mapping[str, Any]) -> Iterator[tuple[str,
     for path, value in written.items():
         key = re.sub(r"\[\d+\]", "[]", path)
         for dead, (reason, harmless) in DEAD.items():
-            if (key == dead and value != harmless) or key.startswith(f"{dead}."):
+            if (key == dead and _plain(value) != harmless) or key.startswith(f"{dead}."):
                 yield path, reason
     for path, reason in [*_without_use(file), *_of_other_kinds(file)]:
         if any(given == path or given.startswith(f"{path}.") or path.startswith(f"{given}[") for given in written):
             yield path, reason
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _without_use(file: DecoderFile) -> Iterator[tuple[str, str]]:
@@ -109,6 +122,8 @@ def _without_use(file: DecoderFile) -> Iterator[tuple[str, str]]:
         yield "train.ema_beta", "train.use_ema is false"
     if data.splits.val == 0:
         yield "train.validation_samples", "data.splits.val is 0"
+    if not file.evaluate.metrics:
+        yield "evaluate.n_evaluation_samples", "no metric is switched on"
 
 
 def _unets_without_use(decoder: Decoder) -> Iterator[tuple[str, str]]:

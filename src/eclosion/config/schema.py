@@ -17,6 +17,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "EmaConfig",
+    "EvaluateConfig",
     "NetworkOptimizer",
     "OptimizerConfig",
     "RunConfig",
@@ -306,6 +307,34 @@ class ValidateConfig:
 
 
 @part
+class EvaluateConfig:
+    """Scores of images that a run makes of itself, against images that it is compared with."""
+
+    # How often: "1000 steps", "100000 samples" or "10 epochs"; also after the last step. None is off.
+    every: Duration | None = None
+    # Images that are made; where they follow conditions, at most as many as there are samples to take them from.
+    num_samples: Annotated[int, Field(ge=2)] = 1000
+    # What is measured.
+    metrics: list[Annotated[Any, PartOf("metrics")]] = field(default_factory=lambda: ["kid"])
+    # The network whose features are compared, for metrics that do not name one.
+    extractor: Annotated[Any, PartOf("encoders")] = "efficientnet_lite0"
+    # The part of the data that the images are compared with, and whose conditions they follow; val is train where the
+    # data has no such part, which a note says.
+    split: Literal["train", "val", "test"] = "val"
+    # Another part that is compared with as well after the last step, such as test; none is no other.
+    final_split: Literal["train", "val", "test"] | None = None
+    # The algorithm that removes noise; one of few steps, as many images are made.
+    sampler: Annotated[Any, PartOf("samplers", "dpm_solver")] = "dpm_solver"
+    # How strongly images follow their condition; 1 is off. A list has one number for each network; none takes that of
+    # the pictures, sample.guidance_scale.
+    guidance_scale: Guidance | list[Guidance] | None = None
+    # Image i starts from noise that depends on this and i alone.
+    seed: NonNegative = 0
+    # Images made, or seen by the extractor, at once on one process.
+    batch_size: Positive = 16
+
+
+@part
 class CheckpointConfig:
     """When the state of a run is written, and how much of it is kept."""
 
@@ -315,8 +344,11 @@ class CheckpointConfig:
     keep_last: Annotated[int, Field(ge=2)] = 2
     # Checkpoints whose step is a multiple of this are kept for good.
     keep_every: Positive | None = None
-    # Whether the checkpoint with the lowest validation loss is written and kept as well.
+    # Whether the best checkpoint is written and kept as well.
     keep_best: bool = True
+    # What says which one is the best: "validation", its loss; or a score of `evaluate`, such as "kid" or, where several
+    # extractors look, "kid/inception".
+    best: Annotated[str, Field(min_length=1)] = "validation"
 
 
 @part
@@ -357,6 +389,8 @@ class RunConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     # The loss on images that are not trained on.
     validate: ValidateConfig = field(default_factory=ValidateConfig)
+    # Scores of images made along the way.
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     # When the state is written.
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     # Where numbers go.

@@ -1,16 +1,16 @@
-"""Embeddings of images on disk, so that each is made once.
+"""What encoders make of images and of captions, on disk, so that each is made once.
 
     <folder>/<fingerprint>-<device>-<version of torch>-<dim>x<buckets>.rows     one file per encoder
 
     file    = buckets, all of one size
     bucket  = 8 times (key, check), then 8 rows; an unused one is zeros, which the file system does not store
-    key     = SHA-256 of an image's shape and numbers, float32
+    key     = SHA-256 of an image's shape and numbers, float32; or of a caption's bytes
     check   = BLAKE2b of key and row, 16 bytes
-    row     = float32, little endian
+    row     = float32, little endian; of a caption the encodings of all its tokens, one after the other
 
-The bucket of an image follows from its key; of the eight places in it, one that is free is taken, or else one at random
+The bucket of a row follows from its key; of the eight places in it, one that is free is taken, or else one at random
 is taken again. Nothing is ever locked: a row counts only if its key and its check are right, so what a killed process,
-another process or a damaged disk leaves in a place is an image that was not seen yet. A row is written before its key.
+another process or a damaged disk leaves in a place is a row that was not made yet. A row is written before its key.
 
 Device and version are in the name because they change the last bits of an embedding: a run that goes on gets the bits
 that it would have made itself.
@@ -19,6 +19,7 @@ that it would have made itself.
 import os
 import re
 import warnings
+from collections.abc import Callable, Sequence
 from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Protocol, Self
@@ -32,7 +33,7 @@ from torch import Tensor
 from eclosion.data.file_cache import cache_folder
 from eclosion.errors import EnvironmentProblem
 
-__all__ = ["EmbeddingCache", "Encoder"]
+__all__ = ["EmbeddingCache", "Encoder", "EncodingCache", "TokenEncoder"]
 
 WAYS = 8
 KEY_BYTES, CHECK_BYTES = 32, 16
@@ -64,6 +65,38 @@ class Encoder(Protocol):
         ...
 
 
+class TokenEncoder(Protocol):
+    """What makes encodings of captions, such as `eclosion.models.text_encoder.TextEncoder`."""
+
+    @property
+    def dim(self) -> int:
+        """Numbers in the encoding of a token."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a caption."""
+        ...
+
+    @property
+    def num_cut(self) -> int:
+        """Captions that had more tokens, so far."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for encoders that make equal encodings."""
+        ...
+
+    def tokens(self, captions: Sequence[str]) -> Tensor:
+        """Encodings, float32 [B, num_tokens, dim], where the encoder is; each depends on its own caption alone."""
+        ...
+
+    def to(self, device: torch.device | str) -> Self:
+        """This encoder, on a device."""
+        ...
+
+
 class EmbeddingCache:
     """An encoder that looks up the images which it, or another process, has seen before.
 
@@ -85,9 +118,7 @@ class EmbeddingCache:
         self.encoder = encoder
         self.dim = encoder.dim
         self.num_found = self.num_made = 0
-        self._folder = cache_folder() / "embeddings" if folder is None else folder
-        self._limit_bytes = int(limit_gb * 2**30)
-        self._tables: dict[str, _Table | None] = {}
+        self._kept = _Kept(cache_folder() / "embeddings" if folder is None else folder, encoder, self.dim, limit_gb)
 
     @property
     def fingerprint(self) -> str:
@@ -108,32 +139,97 @@ class EmbeddingCache:
         Raises:
             EnvironmentProblem: if the folder cannot be written.
         """
-        table = self._table(image.device.type)
-        if table is None:
+        if not self._kept.limit_bytes:
             self.num_made += len(image)
             return self.encoder(image)
-        keys = _keys(image)
+        found, made = self._kept.rows(_keys(image), lambda which: self.encoder(image[which]), image.device)
+        self.num_made += made
+        self.num_found += len(image) - made
+        return found
+
+
+class EncodingCache:
+    """A text encoder that looks up the captions which it, or another process, has seen before.
+
+    Attributes:
+        encoder: makes the encodings that are not there.
+        num_tokens, dim: tokens of a caption, and numbers in the encoding of each.
+        num_found, num_made: captions that were looked up, and captions that went through the encoder.
+    """
+
+    def __init__(self, folder: Path | None, encoder: TokenEncoder, *, limit_gb: float = 4.0) -> None:
+        """Make a cache; no file is touched yet.
+
+        Args:
+            folder: where encodings are kept; none means `text_encodings` in `cache_folder()`, apart from those of
+                images, so that neither takes the other's space.
+            encoder, limit_gb: as of `EmbeddingCache`. A caption of CLIP ViT-L/14 takes 0.24 MB.
+        """
+        self.encoder = encoder
+        self.num_tokens, self.dim = encoder.num_tokens, encoder.dim
+        self.num_found = self.num_made = 0
+        place = cache_folder() / "text_encodings" if folder is None else folder
+        self._kept = _Kept(place, encoder, self.num_tokens * self.dim, limit_gb)
+
+    def __call__(self, captions: Sequence[str], device: torch.device) -> Tensor:
+        """Encodings, float32 [B, num_tokens, dim], on a device, to which the encoder goes.
+
+        Raises:
+            EnvironmentProblem: if the folder cannot be written.
+        """
+        self.encoder.to(device)
+        if not self._kept.limit_bytes:
+            self.num_made += len(captions)
+            return self.encoder.tokens(captions)
+        keys = [sha256(caption.encode("utf-8", "surrogatepass")).digest() for caption in captions]
+        found, made = self._kept.rows(keys, lambda which: self._flat([captions[i] for i in which]), device)
+        self.num_made += made
+        self.num_found += len(captions) - made
+        return found.reshape(len(captions), self.num_tokens, self.dim)
+
+    def _flat(self, captions: Sequence[str]) -> Tensor:
+        return self.encoder.tokens(captions).flatten(1)
+
+
+class _Kept:
+    """The rows that an encoder made, on each kind of device."""
+
+    def __init__(self, folder: Path, encoder: Encoder | TokenEncoder, dim: int, limit_gb: float) -> None:
+        self._folder, self._encoder, self._dim = folder, encoder, dim
+        self.limit_bytes = int(limit_gb * 2**30)
+        if self.limit_bytes < _bucket_bytes(dim):
+            self.limit_bytes = 0
+        self._tables: dict[str, _Table] = {}
+
+    def rows(
+        self, keys: Sequence[bytes], make: Callable[[list[int]], Tensor], device: torch.device
+    ) -> tuple[Tensor, int]:
+        """The rows of some keys, float32 [B, dim] on a device; and how many had to be made.
+
+        Args:
+            keys: of the rows; one that comes twice is made once.
+            make: from the places of some keys to their rows.
+            device: what they are made on.
+        """
+        table = self._table(device.type)
         rows = {key: row for key in dict.fromkeys(keys) if (row := table.get(key)) is not None}
         missing = {key: i for i, key in enumerate(keys) if key not in rows}
         if missing:
-            made = self.encoder(image[list(missing.values())]).cpu().numpy()
+            made = make(list(missing.values())).cpu().numpy()
             for key, row in zip(missing, made, strict=True):
                 table.put(key, row)
                 rows[key] = row
-        self.num_made += len(missing)
-        self.num_found += len(keys) - len(missing)
-        found = np.stack([rows[key] for key in keys]) if keys else np.empty((0, self.dim), np.float32)
-        return torch.from_numpy(found).to(image.device)
+        found = np.stack([rows[key] for key in keys]) if keys else np.empty((0, self._dim), np.float32)
+        return torch.from_numpy(found).to(device), len(missing)
 
-    def _table(self, device: str) -> "_Table | None":
-        """The file of this encoder's embeddings on a kind of device; None if nothing is kept."""
+    def _table(self, device: str) -> "_Table":
+        """The file of this encoder's rows on a kind of device."""
         if device not in self._tables:
-            num_buckets = self._limit_bytes // _bucket_bytes(self.dim)
+            num_buckets = self.limit_bytes // _bucket_bytes(self._dim)
             version = re.sub(r"[^\w.]", "_", torch.__version__)
-            name = f"{self.fingerprint}-{device}-{version}-{self.dim}x{num_buckets}{SUFFIX}"
-            self._tables[device] = _Table(self._folder / name, self.dim, num_buckets) if num_buckets else None
-            if num_buckets:
-                _remove_others(self._folder / name, self._limit_bytes)
+            path = self._folder / f"{self._encoder.fingerprint}-{device}-{version}-{self._dim}x{num_buckets}{SUFFIX}"
+            self._tables[device] = _Table(path, self._dim, num_buckets)
+            _remove_others(path, self.limit_bytes)
         return self._tables[device]
 
 

@@ -96,6 +96,11 @@ class WebDatasetSource:
         """The same shards for another split; None if it has no share of them."""
         return replace(self, split=split) if getattr(self.splits, split) > 0 else None
 
+    @property
+    def caption_kind(self) -> str:
+        """Which member of a sample holds its caption."""
+        return "json" if self.caption_key else "txt"
+
     def open(self) -> "WebDatasetSamples":
         """Index the shards, and choose those of the split.
 
@@ -353,6 +358,7 @@ class _Chosen:
         digest: of its index.
         problems: what is wrong with the shard or its arrays, one line each.
         num_classes: one more than the largest class in it.
+        has_captions: whether any of them has a member for the caption.
     """
 
     samples: Selection | None
@@ -361,6 +367,7 @@ class _Chosen:
     digest: str
     problems: Sequence[str]
     num_classes: int
+    has_captions: bool
 
 
 def _choose(
@@ -392,6 +399,7 @@ def _choose(
         digest=index.digest,
         problems=_problems(shard, index, arrays) if is_mine else (),
         num_classes=int(index.labels.max(initial=-1)) + 1,
+        has_captions=bool((index.offsets[samples, KIND[source.caption_kind]] >= 0).any()),
     )
 
 
@@ -407,7 +415,7 @@ def _requirements(
     """Reason to leave a sample out -> which samples need not be, in the order in which they are told."""
     yield "no_image", index.offsets[:, KIND["image"]] >= 0
     if source.captions == "required":
-        yield "no_caption", index.offsets[:, KIND["json" if source.caption_key else "txt"]] >= 0
+        yield "no_caption", index.offsets[:, KIND[source.caption_kind]] >= 0
     if source.labels:
         yield "no_label", index.labels >= 0
     for array in arrays:
@@ -442,7 +450,7 @@ class WebDatasetSamples:
 
     Attributes:
         class_names: "0", "1", ... up to the largest class of all shards, or empty.
-        has_captions: whether captions are read.
+        has_captions: whether captions are read, and there are any.
         fingerprint: hash of the shards' members and of what decides which samples are used.
         shard_sizes, shard_names, left_out, array_shapes, notes: as in `ShardedSamples`.
         splits: split -> the shards that it has samples of.
@@ -479,9 +487,9 @@ class WebDatasetSamples:
                 f"{name}: has class {num_classes - 1}, and the limit is {MAX_CLASSES} classes. Mend its .cls."
             )
         self.class_names = tuple(str(label) for label in range(num_classes))
-        self.has_captions = source.captions != "off"
+        self.has_captions = source.captions != "off" and any(c.has_captions for c in chosen)
         in_shards = [kind for array in arrays for kind in array.kinds]
-        caption = [self._caption_kind] if self.has_captions else []
+        caption = [source.caption_kind] if self.has_captions else []
         self._columns = tuple(KIND[kind] for kind in ("image", *caption, *in_shards))
         self.fingerprint = self._hash()
         self._lock = threading.Lock()
@@ -607,7 +615,7 @@ class WebDatasetSamples:
     def _caption(self, opened: OpenedShard | Run, sample: int) -> str | None:
         if not self.has_captions:
             return None
-        kind = self._caption_kind
+        kind = self._source.caption_kind
         if not opened.has(sample, kind):
             return ""
         data = opened.member(sample, kind, limit=MAX_TEXT_BYTES)
@@ -615,10 +623,6 @@ class WebDatasetSamples:
         if not caption and self._source.captions == "required":
             raise BadSample(opened.name(sample, kind), "caption", "the caption is empty.")
         return caption
-
-    @property
-    def _caption_kind(self) -> str:
-        return "json" if self._source.caption_key else "txt"
 
     def _hash(self) -> str:
         digest = blake2b(digest_size=16)

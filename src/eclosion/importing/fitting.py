@@ -45,13 +45,20 @@ def check_fits(
 
 def facts_of(run: RunConfig, arguments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a checkpoint says of its data: the shapes of what the networks were told."""
-    arrays: dict[str, list[int]] = {}
+    shapes: dict[str, list[int]] = {}
     for unet in arguments:
-        if unet["cond_on_image_embeds"] and run.task.encoder is None:
-            arrays["image_embed"] = [unet["image_embed_dim"]]
+        if unet["cond_on_image_embeds"]:
+            shapes["image_embed"] = [unet["image_embed_dim"]]
         if unet["cond_on_text_encodings"]:
-            arrays["text_encodings"] = [unet.get("max_text_len") or 256, unet["text_embed_dim"]]
-    return {"class_names": [], "num_samples": None, "arrays": arrays}
+            shapes["text_encodings"] = [unet.get("max_text_len") or 256, unet["text_embed_dim"]]
+    where = {"image_embed": "img_embeddings_url", "text_encodings": "text_embeddings_url"}
+    made = [name for name in shapes if run.task.encoder is not None and not getattr(run.data.source, where[name], None)]
+    return {
+        "class_names": [],
+        "num_samples": None,
+        "arrays": {name: shape for name, shape in shapes.items() if name not in made},
+        "made": {name: shape for name, shape in shapes.items() if name in made},
+    }
 
 
 def _wrong_count(file: OriginalFile, count: int) -> Iterator[str]:

@@ -23,6 +23,7 @@ from eclosion.data.loader import Loader
 from eclosion.data.source import Samples, ShardedSamples, array_shapes
 from eclosion.device import pick_device, pick_precision
 from eclosion.errors import ConfigError, EnvironmentProblem, UserError
+from eclosion.evaluation.plan import check_evaluation, check_needs, count_of, open_parts
 from eclosion.registry import build, dump
 from eclosion.rundir import RunDir
 from eclosion.sampling.examples import from_samples, validation_data, validation_source
@@ -108,6 +109,7 @@ class Check:
         notes: what the user should know, one line each.
         data: None if the data cannot be opened.
         validation: what a validation looks at; None without one, or if its data cannot be opened.
+        evaluation: what is compared with what, one line for each part of the data; empty without evaluation.
         networks: empty if they cannot be built.
         plan: None without data.
         device, precision: where and how training would compute.
@@ -121,6 +123,7 @@ class Check:
     notes: list[str] = field(default_factory=list)
     data: DataCount | None = None
     validation: DataCount | None = None
+    evaluation: list[str] = field(default_factory=list)
     networks: list[Network] = field(default_factory=list)
     plan: Plan | None = None
     device: str = ""
@@ -181,14 +184,19 @@ def _look_at_run(found: Check, loaded: LoadedConfig) -> None:
         if samples is not None:
             found.plan = _plan(run, loader.order.num_samples)
             _look_at_images(found, loader)
+    task: Task | None = None
     with found.looking():
         if task := _build(run, samples, stand_in):
             found.networks = [_measure(name, net, run) for name, net in task.nets.items()]
             found.checkpoint_bytes = sum(_checkpoint_bytes(net, run, name) for name, net in task.nets.items())
             check_wishes(task, run)
     if samples is not None:
+        facts = replace(_facts(run, samples), made=task.made if task else {})
         with found.looking():
-            _look_at_validation(found, run, samples)
+            _look_at_validation(found, run, facts)
+        if task is not None:
+            with found.looking():
+                _look_at_evaluation(found, run, samples, facts, task)
     with found.looking():
         device = pick_device(run.train.device)
         found.device, found.precision = str(device), pick_precision(run.train.mixed_precision, device)
@@ -232,11 +240,11 @@ def _look_at_images(found: Check, loader: Loader) -> None:
         found.notes.append(f"{skip.name}: {skip.detail} It will be skipped.")
 
 
-def _look_at_validation(found: Check, run: RunConfig, samples: Samples) -> None:
+def _look_at_validation(found: Check, run: RunConfig, facts: DataFacts) -> None:
     """Open the validation data, and decode one of its images."""
-    with validation_data(run, _facts(run, samples)) as validation:
+    with validation_data(run, facts) as validation:
         if validation is None:
-            if validation_source(run):
+            if validation_source(run) and run.evaluate.every is None:
                 found.notes.append("there is validation data, and it is not used: validate.every is none.")
             return
         from_samples(validation, run.data, 1, seed=run.seed)
@@ -246,8 +254,26 @@ def _look_at_validation(found: Check, run: RunConfig, samples: Samples) -> None:
             found.notes.append(f"validate.num_samples is {wanted}, and there are {whole.num_samples}; all are used.")
 
 
+def _look_at_evaluation(found: Check, run: RunConfig, samples: Samples, facts: DataFacts, task: Task) -> None:
+    """Open what images are compared with, and load what looks at them."""
+    check_evaluation(run, task)
+    if run.evaluate.every is None:
+        return
+    with open_parts(run, samples, facts) as (parts, notes):
+        found.notes += notes
+        for part in parts:
+            told = f"{count_of(run, part, task):,} images against the {len(part.samples):,} of {part.split}"
+            found.evaluation.append(told + (", after the last step" if part.final else ""))
+            found.notes += [note for note in check_needs(run, part, task) if note not in found.notes]
+
+
 def _facts(run: RunConfig, samples: Samples) -> DataFacts:
-    return DataFacts(size=run.data.size, class_names=samples.class_names, arrays=array_shapes(samples))
+    return DataFacts(
+        size=run.data.size,
+        class_names=samples.class_names,
+        arrays=array_shapes(samples),
+        has_captions=samples.has_captions,
+    )
 
 
 def _build(run: RunConfig, samples: Samples | None, stand_in: Samples) -> Task | None:
@@ -289,7 +315,8 @@ def _look_at_disk(found: Check, run: RunConfig) -> None:
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise EnvironmentProblem(f"{folder} cannot be written to. Choose another output folder.")
     found.free_bytes = shutil.disk_usage(folder).free
-    best = run.checkpoint.keep_best and run.validate.every is not None
+    decides = run.validate.every if run.checkpoint.best == "validation" else run.evaluate.every
+    best = run.checkpoint.keep_best and decides is not None
     kept = run.checkpoint.keep_last + best + 1  # the newest is written before the oldest is removed
     needed = kept * found.checkpoint_bytes
     if needed > found.free_bytes:

@@ -11,7 +11,7 @@ from eclosion.errors import ConfigError
 from eclosion.redaction import scheme_of
 from eclosion.registry import names, resolve
 
-__all__ = ["encoder_of", "source_of", "source_or_shards"]
+__all__ = ["encoder_of", "shards_or_text", "source_of", "source_or_config", "source_or_shards"]
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json", ".toml")
 
@@ -37,9 +37,25 @@ def source_of(text: str, overrides: Sequence[str], *, otherwise: str, option: st
 
 def source_or_shards(text: str, overrides: Sequence[str]) -> Any:
     """As `source_of`; any other text is the URL of shards if it looks like one, or else a folder of images."""
-    if "{" in text or text.lower().endswith(".tar") or scheme_of(text):
+    if _is_shards(text):
         return source_of(text, overrides, otherwise="webdataset", option="webdataset_base_url")
     return source_of(text, overrides, otherwise="folder", option="root")
+
+
+def shards_or_text(text: str | None) -> Any:
+    """The source of shards if a text looks like their URL, or else the text as it is."""
+    return text if text is None or not _is_shards(text) else source_or_shards(text, [])
+
+
+def _is_shards(text: str) -> bool:
+    return "{" in text or text.lower().endswith(".tar") or bool(scheme_of(text))
+
+
+def source_or_config(text: str, overrides: Sequence[str]) -> Any:
+    """As `source_or_shards`; of a config file all, as its options say what is done to the images."""
+    if text.lower().endswith(CONFIG_SUFFIXES):
+        return load(text, overrides).run
+    return source_or_shards(text, overrides)
 
 
 def encoder_of(text: str | None, source: str, overrides: Sequence[str]) -> Any:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from eclosion.errors import ConfigError, EnvironmentProblem, MissingExtraError, did_you_mean
 from eclosion.models.image_encoder import ImageEncoder, Preprocess
 
-__all__ = ["clip_of_open_clip", "clip_of_transformers", "efficientnet_lite0", "vision_of_transformers"]
+__all__ = ["clip_of_open_clip", "clip_of_transformers", "dinov2", "efficientnet_lite0", "vision_of_transformers"]
 
 # What libraries raise when a file is not there, is damaged, or is something else.
 UNREADABLE = (
@@ -45,6 +45,8 @@ FILTERS: dict[int, Literal["nearest-exact", "bilinear", "bicubic"]] = {0: "neare
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 # Where transformers keeps what pictures have to be.
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+# What works without a network, as the end of an error.
+MEANWHILE = "Meanwhile use the encoder efficientnet_lite0, whose weights come with its package."
 # Side from which on ConvNeXT squeezes pictures and cuts nothing off.
 SQUEEZED_FROM = 384
 
@@ -191,11 +193,17 @@ class _Features(_Network):
         return self.net.extract_features(pixels).mean((2, 3))  # type: ignore[operator, no-any-return]
 
 
-def efficientnet_lite0(image_size: int, *, normalize: bool) -> ImageEncoder:
+class _Logits(_Network):
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.net(pixels)  # type: ignore[no-any-return]
+
+
+def efficientnet_lite0(image_size: int, *, classes: bool = False, normalize: bool) -> ImageEncoder:
     """EfficientNet-Lite0 with the weights of its package, without its last layer: 1280 features.
 
     Args:
         image_size: side of the pictures that it sees.
+        classes: whether the last layer is wanted: 1000 classes, before the softmax.
         normalize: whether embeddings have length 1.
 
     Raises:
@@ -214,6 +222,8 @@ def efficientnet_lite0(image_size: int, *, normalize: bool) -> ImageEncoder:
         mean=(127 / 255,) * 3,
         std=(128 / 255,) * 3,
     )
+    if classes:
+        return ImageEncoder(_Logits(net), preprocess, dim=1000, normalize=normalize)
     return ImageEncoder(_Features(net), preprocess, dim=1280, normalize=normalize)
 
 
@@ -264,6 +274,48 @@ def vision_of_transformers(model: str, *, pool: Literal["pooled", "mean"], norma
     return ImageEncoder(wrapped, preprocess, dim=dim, normalize=normalize)
 
 
+class _ClassToken(_Network):
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.net(pixel_values=pixels).last_hidden_state[:, 0]  # type: ignore[no-any-return]
+
+
+def dinov2(model: str, image_size: int, *, normalize: bool) -> ImageEncoder:
+    """DINOv2 as transformers reads it: the class token, after the last norm.
+
+    The whole picture is resized, and nothing cut off as its image processor would: what is at the border counts.
+
+    Args:
+        model: a folder, or a repository of the hub.
+        image_size: side of the pictures that it sees.
+        normalize: whether embeddings have length 1.
+
+    Raises:
+        As `DINOv2Encoder.build`.
+    """
+    transformers = _library("transformers", "dinov2", "clip")
+    place = _Place("dinov2", model, meanwhile=MEANWHILE)
+    with place.reading("config.json"):
+        config = transformers.AutoConfig.from_pretrained(place.path, trust_remote_code=False)
+    if config.model_type not in ("dinov2", "dinov2_with_registers"):
+        raise ConfigError(
+            f"encoder dinov2: {model!r} is a {config.model_type!r}, and no DINOv2. Use the encoder transformers_vision."
+        )
+    if image_size % config.patch_size:
+        raise ConfigError(
+            f"encoder dinov2: image_size is {image_size}, and must be a multiple of {config.patch_size}, the side of "
+            f"the patches of {model!r}. Use {max(1, round(image_size / config.patch_size)) * config.patch_size}."
+        )
+    net = place.weights(transformers.AutoModel)
+    preprocess = Preprocess(
+        resize=(image_size, image_size),
+        crop=None,
+        mean=(0.485, 0.456, 0.406),  # of ImageNet
+        std=(0.229, 0.224, 0.225),
+    )
+    wrapped = _ClassToken(net, **_silent_options(config))
+    return ImageEncoder(wrapped, preprocess, dim=config.hidden_size, normalize=normalize)
+
+
 # --- files of transformers -------------------------------------------------------------------------------------------
 
 
@@ -274,8 +326,8 @@ class _Place:
         path: what transformers is given.
     """
 
-    def __init__(self, encoder: str, model: str) -> None:
-        self._encoder, self._model = encoder, model
+    def __init__(self, encoder: str, model: str, *, meanwhile: str = "") -> None:
+        self._encoder, self._model, self._meanwhile = encoder, model, f" {meanwhile}".rstrip()
         path = Path(model).expanduser()
         self._is_local = path.is_dir()
         self.path = str(path) if self._is_local else model
@@ -302,7 +354,7 @@ class _Place:
             raise EnvironmentProblem(
                 f"encoder {self._encoder}: {file} of {self._model!r} is not on this disk and cannot be fetched "
                 f"({_said(error)}). Fetch the model where there is a network (hf download {self._model} --local-dir "
-                "FOLDER), and give the path of that folder as model."
+                f"FOLDER), and give the path of that folder as model.{self._meanwhile}"
             ) from error
 
     def weights(self, cls: Any, *, config: Any = None, unused: tuple[str, ...] = ()) -> Any:

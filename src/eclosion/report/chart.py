@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from eclosion.report.curves import Axis, Series, linear_axis, log_axis, running_mean, runs, short, thin
 from eclosion.report.markup import Html, clip, el, join
 
-__all__ = ["chart"]
+__all__ = ["HEIGHT", "KNOWN", "WIDTH", "chart", "heading", "switch_of", "ticks"]
 
 WIDTH, HEIGHT = 1000, 400
 # The running mean of fewer values says nothing.
@@ -20,6 +20,17 @@ MIN_SMOOTHED = 20
 KNOWN = {
     "train/loss": ("Loss", False, True),
     "validation/loss": ("Validation loss", False, False),
+    "evaluate/kid": ("KID", True, False),
+    "evaluate/fid": ("Fréchet distance", True, False),
+    "evaluate/inception_score": ("Inception score", False, False),
+    "evaluate/lpips": ("LPIPS", True, False),
+    "evaluate/clip_score": ("CLIP score", False, False),
+    "evaluate/cosine": ("Cosine to the embedding", False, False),
+    "evaluate/precision": ("Precision", True, False),
+    "evaluate/recall": ("Recall", True, False),
+    "evaluate/density": ("Density", True, False),
+    "evaluate/coverage": ("Coverage", True, False),
+    "evaluate/memorised": ("Share that is memorised", True, False),
     "validation/skipped": ("Validation images skipped", True, False),
     "train/grad_norm": ("Gradient norm", True, True),
     "train/lr": ("Learning rate", True, False),
@@ -43,46 +54,62 @@ def chart(series: Series, *, index: int) -> Html:
     points = series.finite
     if not points:
         missing = el("p", "No finite value yet." if series.steps else "No value yet.", class_="quiet")
-        return el("figure", el("figcaption", _heading(title, series.name, base)), missing, class_="chart")
+        return el("figure", el("figcaption", heading(title, series.name, base)), missing, class_="chart")
     smooth = noisy and len(points) >= MIN_SMOOTHED
-    drawn = _Drawing(title, series, linear_axis([v for _, v in points], from_zero=from_zero), smooth)
+    drawn = _Drawing(title, series, linear_axis(series.span, from_zero=from_zero), smooth)
     plots, switch = [drawn.svg()], None
-    if "loss" in series.name and min(v for _, v in points) > 0:
-        plots.append(_Drawing(title, series, log_axis([v for _, v in points]), smooth).svg())
-        switch = _switch(title, index)
+    if "loss" in series.name and min(series.span) > 0:
+        plots.append(_Drawing(title, series, log_axis(series.span), smooth).svg())
+        switch = switch_of(title, index)
     step, last = points[-1]
     said = f"{short(last)} at step {step:,}"
     return el(
         "figure",
-        el("figcaption", _heading(title, series.name, base), switch, el("output", said, data_rest=said)),
+        el("figcaption", heading(title, series.name, base), switch, el("output", said, data_rest=said)),
         el("div", *plots, class_="plots"),
         _remark(series, explain=smooth and index == 0),  # once on a page
         class_="chart",
     )
 
 
-def _heading(title: str, name: str, base: str | None) -> Html:
+def heading(title: str, name: str, base: str | None) -> Html:
+    """The title of a figure; one of ours shows the name of the metric to a pointer."""
     return el("h3", title, title=clip(name, 200) if base else None)
 
 
-def _switch(title: str, index: int) -> Html:
+def switch_of(title: str, index: int) -> Html:
     def choice(word: str, checked: bool) -> Html:
         radio = el("input", type="radio", name=f"scale-{index}", value=word, checked=checked)
         return el("label", radio, el("span", word))
 
+    """What chooses between the two scales of a figure."""
     legend = el("legend", f"Scale of {title}", class_="unseen")
     return el("fieldset", legend, choice("linear", True), choice("log", False), class_="switch")
 
 
 def _remark(series: Series, *, explain: bool) -> Html | None:
     lost = [step for step, value in zip(series.steps, series.values, strict=True) if value is None]
-    parts = []
+    parts = [series.remark] if series.remark else []
     if explain:
         parts.append("Faint: each value. Strong: the mean of its neighbours.")
     if lost:
         what = "1 value is" if len(lost) == 1 else f"{len(lost):,} values are"
         parts.append(f"{what} not finite, the first at step {lost[0]:,}; marked at the foot.")
     return el("p", " ".join(parts), class_="quiet") if parts else None
+
+
+def ticks(x: Axis, y: Axis) -> Html:
+    """The rules, nicks and labels of a plot."""
+    marks: list[Html] = []
+    for value, label in y.ticks:
+        top = f"{round(100 * (1 - y.place(value)), 2)}%"
+        marks.append(el("line", class_="rule", x1="0", x2="100%", y1=top, y2=top))
+        marks.append(el("text", label, class_="y", x="0", y=top))
+    for value, label in x.ticks:
+        left = f"{round(100 * x.place(value), 2)}%"
+        marks.append(el("line", class_="nick", x1=left, x2=left, y1="100%", y2="100%"))
+        marks.append(el("text", label, class_="x", x=left, y="100%"))
+    return join(*marks)
 
 
 class _Drawing:
@@ -100,8 +127,8 @@ class _Drawing:
         kind = "log" if self.y.log else "linear"
         return el(
             "svg",
-            *(self._tick_y(value, label) for value, label in self.y.ticks),
-            *(self._tick_x(value, label) for value, label in self.x.ticks),
+            ticks(self.x, self.y),
+            self._floor(),
             self._lines(),
             self._dot() if len(self.kept) == 1 else None,
             el("line", class_="cursor", y1="0", y2="100%"),
@@ -119,19 +146,10 @@ class _Drawing:
     def _top(self, value: float) -> float:
         return round(100 * (1 - self.y.place(value)), 2)
 
-    def _tick_y(self, value: float, label: str) -> Html:
-        y = f"{self._top(value)}%"
-        return join(el("line", class_="rule", x1="0", x2="100%", y1=y, y2=y), el("text", label, class_="y", x="0", y=y))
-
-    def _tick_x(self, value: float, label: str) -> Html:
-        x = f"{self._left(value)}%"
-        return join(
-            el("line", class_="nick", x1=x, x2=x, y1="100%", y2="100%"), el("text", label, class_="x", x=x, y="100%")
-        )
-
     def _lines(self) -> Html:
         return el(
             "svg",
+            el("path", class_="band", d=self._band()) if self.series.low else None,
             el("path", class_="raw" if self.means else "mean", d=self._path(self.heights)),
             el("path", class_="mean", d=self._path(self.means)) if self.means else None,
             el("path", class_="lost", d=self._lost()),
@@ -148,6 +166,23 @@ class _Drawing:
             corners = [self._corner(self.series.steps[self.kept[place]], heights[place]) for place in run]
             pieces.append(f"M{'L'.join(corners)}" + ("h0" if len(corners) == 1 else ""))
         return "".join(pieces)
+
+    def _band(self) -> str:
+        """The area between the ends of the interval, one piece for each run of values; a line where it is one value."""
+        low, high = (dict(zip(self.series.steps, ends, strict=True)) for ends in (self.series.low, self.series.high))
+        pieces = []
+        for run in runs(self.series.values, self.kept):
+            steps = [step for place in run if low[step := self.series.steps[self.kept[place]]] is not None]
+            up = [self._corner(step, value) for step in steps if (value := high[step]) is not None]
+            down = [self._corner(step, value) for step in reversed(steps) if (value := low[step]) is not None]
+            pieces.append(f"M{'L'.join(up + down)}Z" if up else "")
+        return "".join(pieces)
+
+    def _floor(self) -> Html | None:
+        if self.series.floor is None:
+            return None
+        y = f"{self._top(self.series.floor)}%"
+        return el("line", class_="floor", x1="0", x2="100%", y1=y, y2=y)
 
     def _corner(self, step: int, value: float) -> str:
         return f"{self._left(step) / 100 * WIDTH:.1f} {self._top(value) / 100 * HEIGHT:.1f}"
@@ -166,6 +201,9 @@ class _Drawing:
         found: list[list[object]] = []
         for place, (index, value) in enumerate(zip(self.kept, self.heights, strict=True)):
             said = f"{short(value)}, mean {short(self.means[place])}" if self.means else short(value)
+            ends = [around[index] for around in (self.series.low, self.series.high) if around]
+            if ends and None not in ends:
+                said += f" ({' to '.join(short(end) for end in ends if end is not None)})"
             step = self.series.steps[index]
             found.append([self._left(step), self._top(value), step, said])
         return found

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-__all__ = ["MAX_POINTS", "Axis", "Series", "linear_axis", "log_axis", "running_mean", "runs", "short", "thin"]
+__all__ = ["HUGE", "MAX_POINTS", "Axis", "Series", "linear_axis", "log_axis", "running_mean", "runs", "short", "thin"]
 
 MAX_POINTS = 600
+# Beyond it a number is taken for not finite: sums and differences of the rest stay in range.
+HUGE = 1e100
 # Width of the running mean to each side, as a share of all points.
 HALF_WINDOW = 1 / 40
 
@@ -20,11 +22,24 @@ class Series:
         name: as in metrics.jsonl.
         steps: rising.
         values: one per step; None where the number was not finite.
+        low, high: ends of the 95 % interval around each value, None where there is none; empty if there is none at all.
+        floor: what the best there can be has; None if that is not known.
+        remark: what has to be said of the curve.
     """
 
     name: str
     steps: Sequence[int]
     values: Sequence[float | None]
+    low: Sequence[float | None] = ()
+    high: Sequence[float | None] = ()
+    floor: float | None = None
+    remark: str = ""
+
+    @property
+    def span(self) -> list[float]:
+        """All numbers that a plot of it has to hold."""
+        around = [v for v in (*self.low, *self.high, self.floor) if v is not None]
+        return [v for v in self.values if v is not None] + around
 
     @property
     def finite(self) -> list[tuple[int, float]]:

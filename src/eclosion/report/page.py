@@ -8,8 +8,10 @@ import statistics
 from collections.abc import Iterator, Sequence
 from importlib import resources
 
+from eclosion.report.around import bands_of, surrounded
 from eclosion.report.chart import KNOWN, chart
 from eclosion.report.curves import Series, short
+from eclosion.report.family import family
 from eclosion.report.grids import BUDGET, Grid, choose, embed
 from eclosion.report.markup import Html, clip, el, join, quiet, section
 from eclosion.report.reading import Run, dig
@@ -112,24 +114,14 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     if loss:
         last = loss[-max(1, len(loss) // 40) :]
         yield ("loss, latest mean" if len(last) > 1 else "latest loss"), short(statistics.fmean(last))
-    best = _best(run)
-    if best is not None:
-        yield "best validation loss", f"{short(best[1])} at step {best[0]:,}"
+    if run.best:
+        by = "validation loss" if run.best["by"] == "validation" else clip(run.best["by"].partition(" (")[0], 40)
+        yield f"best {by}", f"{short(run.best['value'])} at step {run.best['step']:,}"
     speed = run.series.get("perf/images_per_second")
     if speed and speed.finite:
         yield "images per second, median", short(statistics.median(value for _, value in speed.finite))
     if run.environment.get("device"):
         yield "device", clip(run.environment["device"], 60)
-
-
-def _best(run: Run) -> tuple[int, float] | None:
-    """The step with the lowest validation loss, summed over networks, and the loss; step 0 is not compared."""
-    totals: dict[int, list[float]] = {}
-    curves = [series for name, series in run.series.items() if f"{name}/".startswith(f"{VALIDATION}/")]
-    for step, value in (point for series in curves for point in series.finite if point[0] > 0):
-        totals.setdefault(step, []).append(value)
-    whole = {step: sum(values) for step, values in totals.items() if len(values) == len(curves)}
-    return min(whole.items(), key=lambda point: point[1], default=None)
 
 
 def _loss(run: Run) -> Series:
@@ -192,13 +184,19 @@ def _slider(grids: Sequence[Grid]) -> Html:
 
 def _curves(run: Run) -> Html:
     order = list(KNOWN)
-    names = sorted(set(run.series) - {_loss(run).name}, key=lambda name: (_rank(name, order), name))
-    charts = [chart(run.series[name], index=i) for i, name in enumerate(names[:MAX_CURVES], 1)]
-    more = len(names) - len(charts)
+    drawn, bands = surrounded(run), bands_of(run)
+    names = sorted(set(drawn) - {_loss(run).name}, key=lambda name: (_rank(name, order), name))
+    charts: list[Html] = []
+    for name in names[:MAX_CURVES]:
+        charts.append(chart(drawn[name], index=len(charts) + 1))
+        if name in bands:
+            title = "Loss by noise level" + clip(name.removeprefix(VALIDATION).replace("/", ", "), 40)
+            charts.append(family(title, name, bands[name], index=len(charts) + 1))
+    more = len(names) - MAX_CURVES
     return section(
         "Curves",
         el("div", *charts, class_="curves") if charts else quiet("No numbers were logged yet."),
-        quiet(f"{more:,} more metrics are in metrics.jsonl.") if more else None,
+        quiet(f"{more:,} more metrics are in metrics.jsonl.") if more > 0 else None,
     )
 
 

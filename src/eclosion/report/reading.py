@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from eclosion.config.schema import steps_in
-from eclosion.report.curves import Series
+from eclosion.report.curves import HUGE, Series
 from eclosion.rundir import RunDir, step_of
 
-__all__ = ["Checkpoint", "Run", "dig", "read_run"]
+__all__ = ["Checkpoint", "Run", "dig", "finite", "is_count", "read_run"]
 
-MANIFEST = "manifest.json"
-# Beyond these a number is taken for not finite, or for 0: sums, differences and logarithms of the rest stay in range.
-HUGE, TINY = 1e100, 1e-100
+MANIFEST, STATE = "manifest.json", "state.json"
+# Below it a number is taken for 0: logarithms of the rest stay in range.
+TINY = 1e-100
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Checkpoint:
         """Bytes of each file that the manifest names."""
         entries = self.manifest.get("files")
         found = [dig(entry, "size") for entry in entries.values()] if isinstance(entries, dict) else []
-        return [size for size in found if _is_count(size)]
+        return [size for size in found if is_count(size)]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Run:
         epochs, events: the lines of the ledger and of the events.
         grids: (step, path) of the sample grids, rising.
         checkpoints: rising.
+        results: the rows of all evaluations.
+        best: what the newest checkpoint says of the best one: its step, its score, and what decided.
         notes: one sentence per file that could not be read in full.
     """
 
@@ -56,6 +58,8 @@ class Run:
     events: list[dict[str, Any]]
     grids: list[tuple[int, Path]]
     checkpoints: list[Checkpoint]
+    results: list[dict[str, Any]]
+    best: dict[str, Any]
     notes: list[str]
 
     @property
@@ -63,7 +67,7 @@ class Run:
         """The last step that left something in the folder."""
         logged = [series.steps[-1] for series in self.series.values()]
         saved = [checkpoint.step for checkpoint in self.checkpoints]
-        told = [step for event in self.events if _is_count(step := event.get("step"))]
+        told = [step for event in self.events if is_count(step := event.get("step"))]
         return max([0, *logged, *saved, *told, *(step for step, _ in self.grids)])
 
     @property
@@ -76,14 +80,14 @@ class Run:
         """Samples in an epoch, once an epoch or a checkpoint is there to say so."""
         told = [epoch.get("index_count") for epoch in self.epochs]
         told += [dig(checkpoint.manifest, "meta", "facts", "num_samples") for checkpoint in self.checkpoints]
-        counts = [count for count in told if _is_count(count) and count]
+        counts = [count for count in told if is_count(count) and count]
         return counts[-1] if counts else None
 
     @property
     def num_steps(self) -> int | None:
         """Steps of the whole run; None while a duration in epochs waits for the number of samples."""
         duration, batch_size = dig(self.config, "train", "duration"), dig(self.config, "train", "batch_size")
-        if not isinstance(duration, str) or not _is_count(batch_size) or not batch_size:
+        if not isinstance(duration, str) or not is_count(batch_size) or not batch_size:
             return None
         if "epoch" in duration and self.num_samples is None:
             return None
@@ -104,6 +108,14 @@ def read_run(folder: RunDir) -> Run:
     """Read a run folder; what cannot be read is left out and noted."""
     notes: list[str] = []
     series, samples_seen = _read_metrics(folder.metrics, notes)
+    checkpoints = sorted(
+        (
+            Checkpoint(step, path.name, _read_object(path / MANIFEST, notes))
+            for path in _entries(folder.checkpoints)
+            if (step := step_of(path)) is not None
+        ),
+        key=lambda checkpoint: checkpoint.step,
+    )
     return Run(
         name=folder.root.resolve().name,
         config=_read_object(folder.config, notes),
@@ -116,14 +128,9 @@ def read_run(folder: RunDir) -> Run:
             for path in _entries(folder.samples)
             if path.suffix == ".png" and (step := step_of(path.with_suffix(""))) is not None
         ),
-        checkpoints=sorted(
-            (
-                Checkpoint(step, path.name, _read_object(path / MANIFEST, notes))
-                for path in _entries(folder.checkpoints)
-                if (step := step_of(path)) is not None
-            ),
-            key=lambda checkpoint: checkpoint.step,
-        ),
+        checkpoints=checkpoints,
+        results=_read_results(folder.results, notes),
+        best=_read_best(folder, checkpoints, notes),
         notes=notes,
     )
 
@@ -141,25 +148,43 @@ def _read_metrics(path: Path, notes: list[str]) -> tuple[dict[str, Series], int 
     for line in _read_lines(path, notes):
         step = line.pop("step", None)
         seen = line.pop("samples_seen", None)
-        if not _is_count(step):
+        if not is_count(step):
             continue
-        samples_seen = seen if _is_count(seen) else samples_seen
+        samples_seen = seen if is_count(seen) else samples_seen
         for name, value in line.items():
             if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-                points.setdefault(name, {})[step] = _finite(value)
+                points.setdefault(name, {})[step] = finite(value)
     found = {name: sorted(values.items()) for name, values in points.items()}
     return {
         name: Series(name, [s for s, _ in line], [v for _, v in line]) for name, line in found.items()
     }, samples_seen
 
 
-def _finite(value: float | None) -> float | None:
-    if value is None or not abs(value) <= HUGE:  # so written, NaN is caught too
+def _read_results(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    rows = _read_object(path, notes).get("results")
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+
+def _read_best(folder: RunDir, checkpoints: list[Checkpoint], notes: list[str]) -> dict[str, Any]:
+    """{step, value, by}; empty if nothing was compared yet."""
+    if not checkpoints:
+        return {}
+    scores = dig(_read_object(folder.checkpoints / checkpoints[-1].name / STATE, notes), "validation")
+    step, value, by = dig(scores, "best", "step"), finite(dig(scores, "best", "value")), dig(scores, "decided_by")
+    if not is_count(step) or value is None:
+        return {}
+    return {"step": step, "value": value, "by": str(by or "validation")}
+
+
+def finite(value: object) -> float | None:
+    """A number that can be drawn, or None."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= HUGE:  # NaN is caught too
         return None
     return float(value) if abs(value) > TINY else 0.0
 
 
-def _is_count(value: object) -> TypeGuard[int]:
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number that may count something."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 

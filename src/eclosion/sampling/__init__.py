@@ -11,7 +11,6 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
-from eclosion.config.schema import RunConfig
 from eclosion.data.batch import Batch
 from eclosion.data.folder import FolderSource
 from eclosion.data.source import Samples, Split, part_of_data
@@ -40,6 +39,7 @@ __all__ = [
     "make_images",
     "pairs",
     "sample",
+    "samplers_for",
     "save_png",
     "sheet_of",
     "to_uint8",
@@ -47,6 +47,8 @@ __all__ = [
 
 # How many images are made where nothing says it.
 NUM_IMAGES = 16
+# Of the file beside an image that holds its caption.
+CAPTION_SUFFIX = ".txt"
 
 
 def sample(
@@ -86,11 +88,12 @@ def sample(
             none takes the run's own.
         embeddings: image embeddings, [N, dim], as an array or a .npy file.
         text_encodings: text to go with them, [N, tokens, dim], as an array or a .npy file.
-        images: a folder of images, whose embeddings the run's encoder makes.
+        images: a folder of images, whose embeddings the run's encoder makes; and encodings of their captions, if it
+            does so of those of the data, from a .txt file beside each.
         from_data: the first samples of a part of the run's data: "train", "val" or "test".
         first, last: the networks of a cascade to begin and to end with, by name or number. One that is not the first
             begins with small versions of `images` or of `from_data`.
-        checkpoint: of a run folder: "latest", "best" by the validation loss, or a step.
+        checkpoint: of a run folder: "latest", "best" as `checkpoint.best` of the run says, or a step.
         out: where they go; none makes a folder inside the run's.
         batch_size: images made at once.
         device: "auto", "cpu", "cuda" or "mps".
@@ -110,7 +113,7 @@ def sample(
     trained = load_trained(folder, checkpoint=checkpoint, device=device, encodes=images is not None)
     task, run = trained.task, trained.run
     span = _span(task, first, last)
-    samplers = _samplers(task, run.sample.sampler, sampler, num_inference_steps)
+    samplers = samplers_for(task, run.sample.sampler, sampler, num_inference_steps)
     guidance = run.sample.guidance_scale if guidance_scale is None else guidance_scale
     task.check_sampling(samplers, guidance)
     given = _Given(embeddings, text_encodings, images, from_data, num_images)
@@ -155,8 +158,18 @@ def _span(task: Task, first: str | int, last: str | int | None) -> tuple[int, in
     return begin, end
 
 
-def _samplers(task: Task, default: Any, name: str | None, steps: int | Sequence[int] | None) -> list[Any]:
-    """The sampler of each network: its own, unless the name of another or a number of steps is given."""
+def samplers_for(task: Task, default: Any, name: str | None, steps: int | Sequence[int] | None) -> list[Any]:
+    """The sampler of each network: its own, unless the name of another or a number of steps is given.
+
+    Args:
+        task: whose networks.
+        default: the sampler of networks that have none of their own.
+        name: of another sampler, for all networks.
+        steps: for all networks, or one number for each.
+
+    Raises:
+        ConfigError: if there is no such sampler, or there are not as many numbers as networks.
+    """
     own = task.samplers(default)
     counts = list(steps) if isinstance(steps, Sequence) else [steps] * len(own)
     if len(counts) != len(own):
@@ -226,7 +239,7 @@ def _examples(trained: TrainedTask, given: _Given, first: int) -> Examples | Non
     if given.arrays:
         return _of_arrays(task, given, first)
     try:
-        with opened(_source(trained.run, given)) as samples:
+        with opened(_source(trained, given)) as samples:
             full, small = _read(trained, samples, given, first)
     except DataError as error:
         if given.images is None:
@@ -235,7 +248,7 @@ def _examples(trained: TrainedTask, given: _Given, first: int) -> Examples | Non
     examples = prepared(task, full, trained.device)
     missing = [name for name in task.wants if name not in examples.conditions]
     if missing and not first:
-        raise ConfigError(_missing(missing[0], given))
+        raise ConfigError(_missing(missing[0], given, makes=missing[0] in task.made))
     return examples if small is None else replace(examples, originals=to_uint8(small), image=small)
 
 
@@ -272,10 +285,13 @@ def _of_arrays(task: Task, given: _Given, first: int) -> Examples:
     return examples
 
 
-def _source(run: RunConfig, given: _Given) -> Any:
-    """Where the images are that images are made from."""
+def _source(trained: TrainedTask, given: _Given) -> Any:
+    """Where the images are that images are made from; captions in a folder are read if something is made of them."""
+    run = trained.run
     if given.images is not None:
-        return FolderSource(root=Path(given.images))
+        root = Path(given.images)
+        reads = "text_encodings" in trained.task.made and any(root.rglob(f"*{CAPTION_SUFFIX}"))
+        return FolderSource(root=root, caption_suffix=CAPTION_SUFFIX if reads else None)
     if given.from_data is None:
         return validation_source(run) or run.data.source
     found = validation_source(run) if given.from_data == "val" else part_of_data(run.data.source, given.from_data)
@@ -299,10 +315,15 @@ def _read(trained: TrainedTask, samples: Samples, given: _Given, first: int) -> 
     return full, small["image"]
 
 
-def _missing(field: str, given: _Given) -> str:
+def _missing(field: str, given: _Given, *, makes: bool) -> str:
     """What to say where nothing gives what a task follows."""
     if field != "image_embed":
-        return f"the networks of this run follow {field}, which is not there. Give text_encodings and embeddings."
+        where = f" in {given.images}" if given.images is not None else ""
+        why = f"and there are no captions{where} to make them of (NAME.txt beside each image)"
+        return (
+            f"the networks of this run follow {field}, {why if makes else 'which are not there'}. Give text_encodings "
+            "and embeddings."
+        )
     where = f"in {given.images}" if given.images is not None else "of the data"
     return (
         f"this run has no encoder (task.encoder is none), so nothing makes embeddings of the images {where}. Make them "

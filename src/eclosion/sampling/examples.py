@@ -23,6 +23,7 @@ from eclosion.tasks.task import DataFacts, Task
 
 __all__ = [
     "Examples",
+    "check_alike",
     "from_arrays",
     "from_samples",
     "in_order",
@@ -111,26 +112,36 @@ def validation_data(run: RunConfig, facts: DataFacts) -> Iterator[Samples | None
             "or leave validate.every out."
         )
     with opened(source) as samples:
-        _check_alike(samples, facts)
+        check_alike(samples, facts)
         yield samples
 
 
-def _check_alike(samples: Samples, facts: DataFacts) -> None:
-    """Refuse validation data that a task would not understand as it does the training data.
+def check_alike(samples: Samples, facts: DataFacts, *, what: str = "validate") -> None:
+    """Refuse data that a task would not understand as it does the training data.
+
+    Args:
+        samples: the data.
+        facts: what is known of the training data.
+        what: what asks for it, for the message.
 
     Raises:
-        DataError: if its classes or arrays are others.
+        DataError: if its classes or arrays are others, or it lacks captions that something is made of.
     """
+    if "text_encodings" in facts.made and not samples.has_captions:
+        raise DataError(
+            f"{what}: has no captions, and task.encoder makes text encodings of those of the training data. Both must "
+            "be alike."
+        )
     if samples.class_names and facts.class_names and samples.class_names != facts.class_names:
         raise DataError(
-            f"validate: its {len(samples.class_names)} classes ({_short(samples.class_names)}) are not the "
+            f"{what}: its {len(samples.class_names)} classes ({_short(samples.class_names)}) are not the "
             f"{len(facts.class_names)} of the training data ({_short(facts.class_names)}). Both must be alike."
         )
     ours, theirs = dict(facts.arrays), dict(array_shapes(samples))
     for name in ours.keys() | theirs.keys():
         if ours.get(name) != theirs.get(name):
             told = [str(list(shape)) if shape else "none" for shape in (theirs.get(name), ours.get(name))]
-            raise DataError(f"validate: {name} is {told[0]}, and {told[1]} in the training data. Both must be alike.")
+            raise DataError(f"{what}: {name} is {told[0]}, and {told[1]} in the training data. Both must be alike.")
 
 
 def _short(names: Sequence[str]) -> str:

@@ -50,7 +50,7 @@ def load_trained(
 
     Args:
         folder: a run folder, or one checkpoint in it.
-        checkpoint: of a run folder: "latest", "best" by the validation loss, or a step.
+        checkpoint: of a run folder: "latest", "best" as `checkpoint.best` of the run says, or a step.
         device: "auto", "cpu", "cuda" or "mps".
         encodes: whether the encoder in the config is wanted, if there is one, although the data brought embeddings.
 
@@ -74,27 +74,34 @@ def load_trained(
     where = pick_device(device)
     nets = {}
     for name, net in task.nets.items():
-        _load(net, loaded.files.get(f"{name}.ema", loaded.files[name]), f"{found}: {name}", encodes=encodes)
+        _load(net, loaded.files.get(f"{name}.ema", loaded.files[name]), f"{found}: {name}")
         nets[name] = net.to(where).eval().requires_grad_(False)
     precision = pick_precision(run.train.mixed_precision, where)
     return TrainedTask(task.with_nets(nets), run, root, state["step"], state["samples_seen"], meta, where, precision)
 
 
-def _load(net: nn.Module, weights: Mapping[str, Tensor], what: str, *, encodes: bool) -> None:
+def _load(net: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
     try:
         net.load_state_dict(weights)
     except RuntimeError as error:  # torch names every difference, over many lines
-        hint = " Its task.encoder makes embeddings of another length than it was trained on." if encodes else ""
-        raise CheckpointError(f"{what} does not fit the network that its config describes.{hint}") from error
+        raise CheckpointError(f"{what} does not fit the network that its config describes.") from error
 
 
 def _facts(meta: Mapping[str, Any], run: RunConfig, *, encodes: bool) -> DataFacts:
-    """What a task was told of its data when it was trained; without the embeddings that its encoder makes."""
+    """What a task was told of its data when it was trained.
+
+    Args:
+        meta: what its checkpoint says of itself.
+        run: the config it was trained with.
+        encodes: whether its encoder makes what the data brought.
+    """
     facts = meta["facts"]
-    arrays = {name: tuple(shape) for name, shape in facts.get("arrays", {}).items()}
-    if encodes and getattr(run.task, "encoder", None) is not None:
-        arrays.pop("image_embed", None)
-    return DataFacts(size=run.data.size, class_names=tuple(facts["class_names"]), arrays=arrays)
+    arrays, made = ({name: tuple(shape) for name, shape in facts.get(kind, {}).items()} for kind in ("arrays", "made"))
+    encoder = getattr(run.task, "encoder", None)
+    for name, makes in (("image_embed", "build"), ("text_encodings", "build_text")):
+        if encodes and hasattr(encoder, makes) and name in arrays:
+            made[name] = arrays.pop(name)
+    return DataFacts(size=run.data.size, class_names=tuple(facts["class_names"]), arrays=arrays, made=made)
 
 
 def _chosen(store: CheckpointStore, path: Path, checkpoint: str | int) -> Path:
@@ -112,11 +119,10 @@ def _chosen(store: CheckpointStore, path: Path, checkpoint: str | int) -> Path:
     best = store.load(latest).state.get("validation", {}).get("best")
     if best is None:
         raise CheckpointError(
-            f"{path}: no validation says which checkpoint is the best. Set validate.every, or give a step."
+            f"{path}: nothing says which checkpoint is the best. Set validate.every, or evaluate.every and "
+            "checkpoint.best, or give a step."
         )
     folder = store.run.checkpoint(best["step"])
     if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder}: the checkpoint with the best validation loss is not kept. Set checkpoint.keep_best=true."
-        )
+        raise CheckpointError(f"{folder}: the best checkpoint is not kept. Set checkpoint.keep_best=true.")
     return folder

@@ -27,11 +27,16 @@ class DataFacts:
         class_names: the name of each label, or empty.
         arrays: shape of what else each sample brings, such as {"image_embed": (768,)}, by the names in
             `eclosion.data.batch.FIELDS`.
+        has_captions: whether samples have captions.
+        made: shape of what the task's encoders made of each sample when its networks were trained, by the same names;
+            empty before training.
     """
 
     size: tuple[int, int]
     class_names: tuple[str, ...] = ()
     arrays: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    has_captions: bool = False
+    made: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class Task(Protocol):
@@ -43,6 +48,7 @@ class Task(Protocol):
         sizes: height and width in pixels of what each network makes.
         wants: the fields that `conditions` takes from examples of the data, such as ("image_embed",); empty if it
             needs none.
+        made: shape of what `prepare` adds to each sample, by the same names; empty if it adds nothing.
     """
 
     nets: dict[str, nn.Module]
@@ -52,6 +58,9 @@ class Task(Protocol):
 
     @property
     def wants(self) -> tuple[str, ...]: ...
+
+    @property
+    def made(self) -> Mapping[str, tuple[int, ...]]: ...
 
     def prepare(self, batch: Batch) -> Batch:
         """The batch with what an encoder adds to it; what is there already is left. No gradient.
@@ -67,6 +76,10 @@ class Task(Protocol):
 
     def validation_draw(self, name: str, batch: Batch, rngs: Sequence[Generator]) -> Drawn:
         """As `draw`, and no condition is dropped."""
+        ...
+
+    def noise_level(self, name: str, drawn: Drawn) -> Tensor:
+        """How far up the noise levels of a network each image of a draw stands: [B], from 0, clean, to below 1."""
         ...
 
     def loss(self, name: str, batch: Batch, drawn: Drawn) -> Tensor:

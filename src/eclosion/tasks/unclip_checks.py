@@ -8,6 +8,8 @@ from typing import Any
 
 from eclosion.diffusion.lowres import LowRes
 from eclosion.models.unclip import UnclipUNetModel
+from eclosion.registry import dump
+from eclosion.tasks.task import DataFacts
 from eclosion.tasks.unclip_tier import CascadeUNet
 
 __all__ = ["MAX_UNETS", "Problem", "problems_of_options", "problems_with_arrays", "problems_with_size"]
@@ -73,16 +75,17 @@ def problems_with_size(unets: Sequence[CascadeUNet], data_size: Size) -> list[Pr
 
 
 def problems_with_arrays(
-    arrays: Mapping[str, Sequence[int]], *, wanted: Mapping[str, bool], dims: Mapping[str, int | None], encoder: Any
+    facts: DataFacts, *, wanted: Mapping[str, bool], dims: Mapping[str, int | None], encoder: Any
 ) -> list[Problem]:
     """What is wrong with what samples of the data bring besides the image.
 
     Args:
-        arrays: shape of one sample's "image_embed" and "text_encodings", as far as they are there.
-        wanted: whether a network follows them, by the same names.
+        facts: what is known of the data.
+        wanted: whether a network follows "image_embed" and "text_encodings".
         dims: how many numbers the options say that they have; none says nothing.
-        encoder: what makes image embeddings where the data brings none.
+        encoder: what makes them where the data brings none.
     """
+    arrays = facts.arrays
     found: list[Problem] = []
     layouts = {"image_embed": ("[D], one vector", 1), "text_encodings": ("[L, D], one vector per token", 2)}
     for name, (layout, ndim) in layouts.items():
@@ -99,13 +102,25 @@ def problems_with_arrays(
             "data.source.img_embeddings_url, or what makes them with task.encoder; or set task.unconditional=true."
         )
         found.append((("unets",), say))
-    if wanted["text_encodings"] and "text_encodings" not in arrays:
-        say = (
-            "a network follows text (text_conditioned), and the data has no text encodings. Say where they are with "
-            "data.source.text_embeddings_url, or set text_conditioned to false."
-        )
-        found.append((("unets",), say))
+    if wanted["text_encodings"] and "text_encodings" not in arrays and "text_encodings" not in facts.made:
+        found += _cannot_read(facts, encoder)
     return found
+
+
+def _cannot_read(facts: DataFacts, encoder: Any) -> list[Problem]:
+    """Why nothing makes encodings of the captions, for data that has no encodings."""
+    follows = "a network follows text (text_conditioned), and the data has no text encodings"
+    cure = "Say where they are with data.source.text_embeddings_url, {}or set text_conditioned to false."
+    if encoder is not None and not hasattr(encoder, "build_text"):
+        name = dump(encoder)["name"]
+        say = f"is {name}, and reads no captions; {follows}. {cure.format('use a CLIP, ')}"
+        return [(("encoder",), say)]
+    if encoder is None:
+        also = "or make them of its captions with task.encoder=clip, " if facts.has_captions else ""
+        return [(("unets",), f"{follows}. {cure.format(also)}")]
+    if not facts.has_captions:
+        return [(("unets",), f"{follows}, and no captions that task.encoder could make them of. {cure.format('')}")]
+    return []
 
 
 def _wrong_order(unets: Sequence[CascadeUNet]) -> list[Problem]:

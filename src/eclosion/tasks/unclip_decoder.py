@@ -16,7 +16,6 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from torch import Tensor, nn
 
 from eclosion.data.batch import Batch
-from eclosion.data.embedding_cache import EmbeddingCache
 from eclosion.diffusion.lowres import Resize
 from eclosion.diffusion.samplers import OnStep, Walker, levels
 from eclosion.errors import ConfigError
@@ -24,6 +23,7 @@ from eclosion.registry import PartOf, dump, part
 from eclosion.rng import Generator, generator
 from eclosion.tasks.task import DataFacts, one_each
 from eclosion.tasks.unclip_checks import problems_of_options, problems_with_arrays, problems_with_size
+from eclosion.tasks.unclip_encoding import ImageEmbeds, TextEncodings
 from eclosion.tasks.unclip_tier import CascadeUNet, Draws, Known, Tier
 
 __all__ = ["UnclipDecoder", "UnclipDecoderTask"]
@@ -43,7 +43,8 @@ class UnclipDecoder:
     text_dropout: Fraction = 0.5
     # Whether the networks follow nothing.
     unconditional: bool = False
-    # What makes the embedding of an image where the data brings none.
+    # What makes the embedding of an image where the data brings none; and, if it is a CLIP, the encodings of text from
+    # captions.
     encoder: Annotated[Any, PartOf("encoders")] | None = None
     # Numbers in an image embedding; another number in the data or the encoder is refused. None takes theirs.
     image_embed_dim: Annotated[int, Field(ge=1)] | None = None
@@ -74,24 +75,27 @@ class UnclipDecoder:
         Raises:
             ConfigError: with every reason why the networks do not fit the data.
         """
-        image_wanted, text_wanted = (any(self.follows(kind, i) for i in range(len(self.unets))) for kind in KINDS)
-        encodes = image_wanted and "image_embed" not in facts.arrays
-        wanted = {"image_embed": image_wanted, "text_encodings": text_wanted}
+        wanted = {field: any(self.follows(kind, i) for i in range(len(self.unets))) for kind, field in KINDS.items()}
         dims = {"image_embed": self.image_embed_dim, "text_encodings": self.text_embed_dim}
         found = problems_with_size(self.unets, facts.size)
-        found += problems_with_arrays(facts.arrays, wanted=wanted, dims=dims, encoder=self.encoder)
+        found += problems_with_arrays(facts, wanted=wanted, dims=dims, encoder=self.encoder)
         if found:
             raise ConfigError([_as_text(*problem) for problem in found])
-        encoder = _kept(self.encoder) if encodes and self.encoder else None
-        if encoder and self.image_embed_dim not in (None, encoder.dim):
-            say = f"is {self.image_embed_dim}, and the encoder makes {encoder.dim} numbers. Change it, or the encoder."
-            raise ConfigError(_as_text(("image_embed_dim",), say))
+        missing = {field for field in KINDS.values() if wanted[field] and field not in facts.arrays}
+        encoder = ImageEmbeds(self.encoder, facts.made.get("image_embed")) if "image_embed" in missing else None
+        text = TextEncodings(self.encoder, facts.made.get("text_encodings")) if "text_encodings" in missing else None
+        shapes = dict(facts.arrays)
+        for field, made in (("image_embed", encoder), ("text_encodings", text)):
+            if made is not None:
+                shapes[field] = made.shape
+                _check_dim(field, dims[field], made.shape[-1])
         task = self.on(
             {},
             size=facts.size,
-            image_embed_dim=encoder.dim if encoder else _last(facts.arrays.get("image_embed")),
-            text_embed_dim=_last(facts.arrays.get("text_encodings")),
+            image_embed_dim=_last(shapes.get("image_embed")),
+            text_embed_dim=_last(shapes.get("text_encodings")),
             encoder=encoder,
+            text_encoder=text,
         )
         return task.with_nets({tier.name: tier.build() for tier in task.tiers})
 
@@ -102,7 +106,8 @@ class UnclipDecoder:
         size: tuple[int, int],
         image_embed_dim: int | None,
         text_embed_dim: int | None,
-        encoder: Any = None,
+        encoder: ImageEmbeds | None = None,
+        text_encoder: TextEncodings | None = None,
     ) -> "UnclipDecoderTask":
         """The task on networks that are there already.
 
@@ -112,6 +117,7 @@ class UnclipDecoder:
             image_embed_dim: numbers in an image embedding; None if nothing follows one.
             text_embed_dim: numbers in the encoding of a text token; None if nothing follows one.
             encoder: makes image embeddings, if the data has none.
+            text_encoder: makes text encodings, if the data has none.
         """
         tiers = [self._tier(i, size, image_embed_dim, text_embed_dim) for i in range(len(self.unets))]
         return UnclipDecoderTask(
@@ -122,6 +128,7 @@ class UnclipDecoder:
             image_embed_dim=image_embed_dim,
             text_embed_dim=text_embed_dim,
             encoder=encoder,
+            text_encoder=text_encoder,
         )
 
     def follows(self, kind: str, i: int) -> bool:
@@ -154,9 +161,10 @@ class UnclipDecoder:
 KINDS = {"image": "image_embed", "text": "text_encodings"}
 
 
-def _kept(encoder: Any) -> EmbeddingCache:
-    """The encoder that a part describes; what it makes is kept on disk."""
-    return EmbeddingCache(None, encoder.build(), limit_gb=encoder.cache_gb)
+def _check_dim(field: str, wanted: int | None, made: int) -> None:
+    if wanted not in (None, made):
+        say = f"is {wanted}, and the encoder makes {made} numbers. Change it, or the encoder."
+        raise ConfigError(_as_text((f"{field.partition('_')[0]}_embed_dim",), say))
 
 
 def _last(shape: Sequence[int] | None) -> int | None:
@@ -185,6 +193,7 @@ class UnclipDecoderTask:
         text_embed_dim: numbers in the encoding of a text token; None if the data has none.
         encoder: makes image embeddings; None if the data brings them, or nothing follows them. Not trained, and not
             in checkpoints.
+        text_encoder: makes text encodings of captions; the same.
     """
 
     options: UnclipDecoder
@@ -193,7 +202,8 @@ class UnclipDecoderTask:
     size: tuple[int, int]
     image_embed_dim: int | None
     text_embed_dim: int | None
-    encoder: Any = None
+    encoder: ImageEmbeds | None = None
+    text_encoder: TextEncodings | None = None
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -205,17 +215,23 @@ class UnclipDecoderTask:
         """What the networks follow, by the names of a batch's fields."""
         return tuple(field for kind, field in KINDS.items() if any(kind in tier.follows for tier in self.tiers))
 
+    @property
+    def made(self) -> dict[str, tuple[int, ...]]:
+        """Shape of what the encoders make of each sample, by the names of a batch's fields."""
+        encoders = {"image_embed": self.encoder, "text_encodings": self.text_encoder}
+        return {field: encoder.shape for field, encoder in encoders.items() if encoder is not None}
+
     # --- training ----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def prepare(self, batch: Batch) -> Batch:
-        """The batch with the embeddings of its images, if an encoder makes them: float32 [B, D]. In full precision."""
-        if self.encoder is None or "image_embed" in batch:
-            return batch
-        image = batch["image"]
-        with torch.autocast(image.device.type, enabled=False):
-            embed = self.encoder.to(image.device)(image.float())
-        return replace(batch, fields={**batch.fields, "image_embed": embed})
+        """The batch with what encoders make of it: float32, embeddings [B, D] of its images, encodings [B, L, D] of its
+        captions if it has any."""
+        added = {}
+        if self.encoder is not None and "image_embed" not in batch:
+            added["image_embed"] = self.encoder(batch["image"])
+        if self.text_encoder is not None and "text_encodings" not in batch and "caption" in batch:
+            added["text_encodings"] = self.text_encoder(batch["caption"], batch.weight.device)
+        return replace(batch, fields={**batch.fields, **added}) if added else batch
 
     def draw(self, name: str, batch: Batch, rngs: Sequence[Generator]) -> Draws:
         """Every random tensor of a batch; row i comes from rngs[i] alone, in the order that unclip_tier.py tells."""
@@ -224,6 +240,10 @@ class UnclipDecoderTask:
     def validation_draw(self, name: str, batch: Batch, rngs: Sequence[Generator]) -> Draws:
         """As `draw`, and no condition is hidden."""
         return replace(self.draw(name, batch, rngs), image_keep=None, text_keep=None)
+
+    def noise_level(self, name: str, drawn: Draws) -> Tensor:
+        """The timestep of each image, as a share of all of that network."""
+        return drawn.t / self._tier(name).schedule.num_train_timesteps
 
     def loss(self, name: str, batch: Batch, drawn: Draws) -> Tensor:
         """Distance between prediction and target, and what learned variance adds; float32 [B]."""

@@ -110,6 +110,11 @@ class UnconditionalTask:
         """Nothing: classes come in turn."""
         return ()
 
+    @property
+    def made(self) -> Mapping[str, tuple[int, ...]]:
+        """Nothing."""
+        return {}
+
     def prepare(self, batch: Batch) -> Batch:
         """The batch as it is."""
         return batch
@@ -131,6 +136,10 @@ class UnconditionalTask:
             hidden = uniform(rngs) < class_dropout
             label = batch["label"].to(image.device).masked_fill(hidden.to(image.device), self.num_classes)
         return Draws(t.to(image.device, non_blocking=True), noise.to(image.device, non_blocking=True), label)
+
+    def noise_level(self, name: str, drawn: Draws) -> Tensor:
+        """The timestep of each image, as a share of all."""
+        return drawn.t / self.schedule.num_train_timesteps
 
     def loss(self, name: str, batch: Batch, drawn: Draws) -> Tensor:
         """Mean over each image of the distance between prediction and target; float32 [B]."""

@@ -57,9 +57,11 @@ class Terminal:
             self._bar.start()
 
     def log(self, numbers: Mapping[str, float], *, step: int, samples_seen: int) -> None:
-        """Show loss, speed and the time that remains; what validation found stays on the terminal."""
-        if any(key.startswith("validation/") for key in numbers):
-            found = "  ".join(f"{key} {value:.5g}" for key, value in numbers.items())
+        """Show loss, speed and the time that remains; what validation and evaluation found stays on the terminal."""
+        if any(key.startswith(("validation/", "evaluate/")) for key in numbers):
+            told = [key for key in numbers if key.startswith(("validation/", "evaluate/"))]
+            shortly = [key for key in told if "/band_" not in key and not key.startswith("validation/loss_error")]
+            found = "  ".join(f"{key} {numbers[key]:.5g}" for key in shortly)
             self._console.print(f"step {step}/{self._num_steps}  {found}", markup=False)
             return
         shown = [f"{key.removeprefix('train/')} {numbers[key]:.4f}" for key in numbers if key.startswith("train/loss")]

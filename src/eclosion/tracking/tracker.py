@@ -56,6 +56,14 @@ class Tracker:
         for logger in self.loggers:
             logger.log(numbers, step=step, samples_seen=samples_seen)
 
+    def forget(self, prefix: str, *, step: int) -> None:
+        """Drop the lines of metrics.jsonl of a step with numbers whose names begin so, as they are made again."""
+
+        def wanted(line: Mapping[str, Any]) -> bool:
+            return line["step"] != step or not any(name.startswith(prefix) for name in line)
+
+        keep_lines(self.run.metrics, wanted)
+
     def log_image(self, path: Path, *, step: int) -> None:
         """Show a picture."""
         for logger in self.loggers:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -14,14 +14,16 @@ from eclosion.data.batch import Batch, Skip
 from eclosion.data.ledger import NOT_BAD, Ledger
 from eclosion.data.loader import Loader
 from eclosion.data.source import Samples
+from eclosion.diffusion.lowres import resize
 from eclosion.exporting import export_trained
 from eclosion.report import write_report
 from eclosion.rundir import RunDir
-from eclosion.sampling import load_trained
+from eclosion.sampling import load_trained, to_uint8
 from eclosion.sampling.examples import Examples, from_samples, opened, prepared, validation_source
 from eclosion.tasks.task import Task
 from eclosion.tracking.tracker import Tracker
 from eclosion.training.distributed import World
+from eclosion.training.evaluating import Evaluation
 from eclosion.training.signals import StopSignals
 from eclosion.training.state import TrainState
 from eclosion.training.validation import Validation
@@ -40,6 +42,7 @@ class Every:
     checkpoint: int
     sample: int
     validate: int | None = None
+    evaluate: int | None = None
 
 
 @dataclass
@@ -52,6 +55,7 @@ class Context:
         device, precision: where and how networks run.
         samples, loader, ledger: the data, its batches by position, and their account.
         validation: the data that is not trained on, if there is any to validate with.
+        evaluation: what images are scored against, if they are.
         task: on the prepared networks.
         state: what changes as the run goes.
         store, tracker: checkpoints, and numbers; only the leading process writes.
@@ -76,13 +80,14 @@ class Context:
     every: Every
     meta: dict[str, Any]
     validation: Validation | None = None
+    evaluation: Evaluation | None = None
     _recorded: int = 0
     _skipped: list[Skip] = field(default_factory=list)
 
     def looks_at_device(self) -> bool:
         """Whether a scalar may be read now: on a CPU always, else only when something else reads one."""
         every, state = self.every, self.state
-        often = (every.log, every.checkpoint, every.sample, every.validate)
+        often = (every.log, every.checkpoint, every.sample, every.validate, every.evaluate)
         return self.device.type == "cpu" or any(map(state.due, often))
 
     def account(self, micro_batches: Sequence[Batch]) -> None:
@@ -136,13 +141,27 @@ class Context:
 
     def validation_missing(self) -> bool:
         """Whether the validation of this step was due and was not made: at step 0, or after a signal."""
-        return self.state.due(self.every.validate) and self.state.scores.step != self.state.step
+        return self._missing(self.every.validate, self.state.scores.step, "validation/")
+
+    def evaluation_missing(self) -> bool:
+        """Whether the evaluation of this step was due and was not finished; never at step 0."""
+        return self.state.step > 0 and self._missing(self.every.evaluate, self.state.scores.evaluated, "evaluate/")
+
+    def _missing(self, every: int | None, newest: int, prefix: str) -> bool:
+        """Whether something is due again; what a killed process logged of it, and did not save, is dropped."""
+        missing = self.state.due(every) and newest != self.state.step
+        if missing and self.world.leads:
+            self.tracker.forget(prefix, step=self.state.step)
+        return missing
 
     @cached_property
     def examples(self) -> Examples | None:
-        """What previews are made from: the first samples of the validation data, or of the training data."""
-        count = self.run.sample.num_images
-        if not self.task.wants or not count:
+        """What previews are made from: the first samples of the validation data, or of the training data.
+
+        If they do not begin with the first network, they begin with small versions of these.
+        """
+        count, (first, _) = self.run.sample.num_images, self.state.span
+        if not count or not (self.task.wants or first):
             return None
         with self.world.leaving(self.stop), ExitStack() as stack:  # a server may keep it waiting
             samples = self.validation.samples if self.validation else None
@@ -151,7 +170,11 @@ class Context:
             batch = from_samples(samples or self.samples, self.run.data, count, seed=self.run.seed)
         agree = partial(self.world.agree_to_stop, self.stop)
         agree()
-        return prepared(self.task, batch, self.device, agree=agree)
+        examples = prepared(self.task, batch, self.device, agree=agree)
+        if first:
+            small = resize(batch["image"], list(self.task.sizes.values())[first - 1])
+            examples = replace(examples, image=small, originals=to_uint8(small))
+        return examples
 
     def finish(self) -> None:
         """What follows the last step: the checkpoint on disk, the pipeline, the report. Can be left and done again."""

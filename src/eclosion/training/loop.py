@@ -11,6 +11,7 @@ from eclosion.sampling import make_images, save_png, sheet_of
 from eclosion.training.context import Context
 from eclosion.training.distributed import World
 from eclosion.training.drawing import draw, prepared
+from eclosion.training.evaluating import evaluate
 from eclosion.training.replay import diverged
 from eclosion.training.signals import StopRequested, StopSignals
 from eclosion.training.start import start
@@ -43,6 +44,9 @@ def run_until_done(
             c.save()  # the checkpoint of this step does not know its score yet
         if c.preview_missing():
             preview(c, stop)
+        if c.evaluation_missing():
+            evaluate(c, stop)
+            c.save()
         steps = c.loader.steps(state.samples_seen)
         clock = Clock(state.samples_seen)
         try:
@@ -77,6 +81,8 @@ def run_until_done(
                     c.save()
                 if state.due(c.every.sample):
                     preview(c, stop)
+                if state.due(c.every.evaluate) and (evaluate(c, stop) or state.due(c.every.checkpoint)):
+                    c.save()  # the checkpoint of this step does not know its score yet
                 c.store.check()  # a save that failed in the background
             world.agree_to_stop(stop)  # also during the last picture
         except StopRequested:
@@ -121,6 +127,8 @@ def warm_up(c: Context) -> None:
 def preview(c: Context, stop: StopSignals) -> None:
     """Draw the grid of this step with the averaged networks, and bring the report up to date.
 
+    Networks that are frozen as they were drawn, and those behind them, are left out of it.
+
     After a signal it is left out; it is made when the run goes on.
     """
     options, state = c.run.sample, c.state
@@ -136,6 +144,8 @@ def preview(c: Context, stop: StopSignals) -> None:
                     precision=c.precision,
                     on_step=lambda *_: c.world.agree_to_stop(stop),  # all leave at the same call, or none
                     examples=c.examples,
+                    first=state.span[0],
+                    last=state.span[1],
                 )
         except StopRequested:
             return

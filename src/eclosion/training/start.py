@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from eclosion.data.loader import Loader
 from eclosion.data.source import Samples, ShardedSamples, array_shapes
 from eclosion.device import environment, pick_device, pick_precision
 from eclosion.errors import ConfigError
+from eclosion.evaluation.plan import check_evaluation
 from eclosion.exporting import clean_exports
 from eclosion.registry import dump
 from eclosion.rng import integer_seed
@@ -25,8 +27,9 @@ from eclosion.tasks.task import DataFacts, Task, check_wishes
 from eclosion.tracking.tracker import Tracker, write_json
 from eclosion.training.context import Context, Every
 from eclosion.training.distributed import World
+from eclosion.training.evaluating import open_evaluation
 from eclosion.training.origin import Origin, clear, find_origin
-from eclosion.training.scores import Scores
+from eclosion.training.scores import VALIDATION, Scores
 from eclosion.training.signals import StopSignals
 from eclosion.training.state import Stage, TrainState
 from eclosion.training.validation import Validation, open_validation
@@ -71,8 +74,14 @@ def start(
         origin = world.lead(lambda: _origin(run, folder, store, epoch_samples, resume, accept))
         loaded = store.load(origin.checkpoint) if origin.checkpoint else None
 
-        facts = DataFacts(size=run.data.size, class_names=samples.class_names, arrays=array_shapes(samples))
+        facts = DataFacts(
+            size=run.data.size,
+            class_names=samples.class_names,
+            arrays=array_shapes(samples),
+            has_captions=samples.has_captions,
+        )
         task, state = _networks(run, facts, world, device, fp16=precision == "fp16")
+        facts = replace(facts, made=task.made)
         meta = _meta(run, samples, facts, epoch_samples, device, precision, world) | {
             "started_from": origin.started_from
         }
@@ -82,7 +91,8 @@ def start(
             state.load(loaded.files, loaded.state, leads=world.leads)
             account = _account(loaded.state, state, epoch_samples)
         validation = stack.enter_context(open_validation(run, facts, world))
-        notes = _compare_scores(state, validation, origin, folder)
+        evaluation, told = stack.enter_context(open_evaluation(run, samples, facts, task, world, first=state.span[0]))
+        notes = [*_compare_scores(run, state, validation, origin, folder), *told, *_about_previews(run, state)]
         state.num_steps = _num_steps(run, state, epoch_samples)
         # Nothing of an old run is removed before the new one is known to be possible.
         if origin.replaces and world.leads:
@@ -123,6 +133,7 @@ def start(
             every=_every(run, epoch_samples),
             meta=meta,
             validation=validation,
+            evaluation=evaluation,
             _recorded=state.samples_seen,
         )
         stop.saves_first = True
@@ -137,6 +148,7 @@ def _networks(
     torch.default_generator.manual_seed(integer_seed(run.seed, "weights"))
     task = run.task.build(facts)
     check_wishes(task, run)
+    check_evaluation(run, task)
     stages = {name: Stage(name, net, run, world=world, device=device, fp16=fp16) for name, net in task.nets.items()}
     return task.with_nets({name: stage.net for name, stage in stages.items()}), TrainState(stages, run.train.batch_size)
 
@@ -227,6 +239,7 @@ def _meta(
         "facts": {
             "class_names": list(facts.class_names),
             "arrays": arrays,
+            "made": {name: list(shape) for name, shape in facts.made.items()},
             "num_samples": epoch_samples,
             **splits,
         },
@@ -238,27 +251,40 @@ def _every(run: RunConfig, epoch_samples: int) -> Every:
     def steps(duration: str) -> int:
         return steps_in(duration, batch_size=run.train.batch_size, epoch_samples=epoch_samples)
 
-    validate = run.validate.every
+    validate, evaluate = run.validate.every, run.evaluate.every
     return Every(
         log=steps(run.track.every),
         checkpoint=steps(run.checkpoint.every),
         sample=steps(run.sample.every),
         validate=None if validate is None else steps(validate),
+        evaluate=None if evaluate is None else steps(evaluate),
     )
 
 
-def _compare_scores(state: TrainState, validation: Validation | None, origin: Origin, folder: RunDir) -> list[str]:
+def _compare_scores(
+    run: RunConfig, state: TrainState, validation: Validation | None, origin: Origin, folder: RunDir
+) -> list[str]:
     """Forget the validation losses that the next ones do not compare with; what to say of that."""
+    if origin.checkpoint is not None and origin.checkpoint.parent != folder.checkpoints:
+        state.scores = Scores()  # those of another folder, which holds the best checkpoint
+    if (state.scores.decided_by == VALIDATION) != (run.checkpoint.best == VALIDATION):
+        state.scores.forget_best(run.checkpoint.best)
     if validation is None:
         return []
-    now = validation.measured_on([stage.name for stage in state.trained])
-    before = state.scores
-    elsewhere = origin.checkpoint is not None and origin.checkpoint.parent != folder.checkpoints
-    if before.measured_on != now or elsewhere:
-        state.scores = Scores(measured_on=now)
-    if before.measured_on in ("", now):
+    before, now = state.scores.measured_on, validation.measured_on([stage.name for stage in state.trained])
+    if before != now:
+        state.scores.forget_validation(now)
+    if before in ("", now):
         return []
-    return [f"validation is on {now}, and was on {before.measured_on}: the best loss so far is forgotten"]
+    return [f"validation is on {now}, and was on {before}: the best loss so far is forgotten"]
+
+
+def _about_previews(run: RunConfig, state: TrainState) -> list[str]:
+    if not state.untrained or not run.sample.num_images:
+        return []
+    names, (first, last) = list(state.stages), state.span
+    shown = names[first] if first == last else f"{names[first]} to {names[last]}"
+    return [f"{', '.join(state.untrained)}: frozen, and never trained; previews are made with {shown} alone"]
 
 
 def _tell(

@@ -13,7 +13,7 @@ from eclosion.errors import CheckpointError
 from eclosion.training.distributed import World, full_tensors, put
 from eclosion.training.ema import Ema
 from eclosion.training.optim import AdamW, LossScale, grad_norm, learning_rate
-from eclosion.training.scores import Scores
+from eclosion.training.scores import ENTRY, Scores
 
 __all__ = ["Stage", "TrainState"]
 
@@ -211,7 +211,8 @@ class TrainState:
         step: updates so far.
         samples_seen: images so far, over all processes; the position in the data.
         last_loss: loss at the last log, by stage.
-        scores: what validation has found.
+        scores: what validation and evaluation have found.
+        untrained: frozen networks that nothing was ever loaded into: they make noise.
     """
 
     stages: dict[str, Stage]
@@ -221,6 +222,17 @@ class TrainState:
     samples_seen: int = 0
     last_loss: dict[str, float] = field(default_factory=dict)
     scores: Scores = field(default_factory=Scores)
+    untrained: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.untrained = [name for name, stage in self.stages.items() if not stage.trained]
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The places of the first and the last network to make pictures with: neighbours, none of them untrained."""
+        fine = [name not in self.untrained for name in self.stages]
+        first = fine.index(True)
+        return first, fine.index(False, first) - 1 if False in fine[first:] else len(fine) - 1
 
     @property
     def trained(self) -> list[Stage]:
@@ -266,7 +278,9 @@ class TrainState:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything to keep, by file and name. Every process must ask."""
-        return {name: tensors for stage in self.stages.values() for name, tensors in stage.tensors().items()}
+        files = {name: tensors for stage in self.stages.values() for name, tensors in stage.tensors().items()}
+        losses = self.scores.tensors()
+        return files | ({ENTRY: losses} if losses else {})
 
     def numbers(self, world: World) -> dict[str, Any]:
         """What a checkpoint keeps besides tensors. Every process must ask."""
@@ -277,6 +291,7 @@ class TrainState:
             "losses": losses,
             "last_loss": self.last_loss,
             "validation": self.scores.as_dict(),
+            "untrained": self.untrained,
         }
 
     def load(self, files: Mapping[str, Mapping[str, Tensor]], numbers: Mapping[str, Any], *, leads: bool) -> None:
@@ -288,4 +303,5 @@ class TrainState:
             stage.loss_count.fill_(count if leads else 0)
         self.step, self.samples_seen = numbers["step"], numbers["samples_seen"]
         self.last_loss = dict(numbers["last_loss"])
-        self.scores = Scores.from_dict(numbers.get("validation", {}))
+        self.scores = Scores.from_dict(numbers.get("validation", {}), files.get(ENTRY, {}))
+        self.untrained = [name for name in numbers.get("untrained", ()) if not self.stages[name].trained]

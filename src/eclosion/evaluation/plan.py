@@ -1,0 +1,184 @@
+"""What the config of a run asks of its evaluation: which images it compares with, and whether that goes together."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from eclosion.config.schema import RunConfig
+from eclosion.data.source import Samples, Split, part_of_data
+from eclosion.errors import ConfigError, did_you_mean
+from eclosion.evaluation.made import DataExamples
+from eclosion.registry import dump
+from eclosion.sampling.examples import check_alike, opened, validation_source
+from eclosion.tasks.task import DataFacts, Task
+
+__all__ = ["Part", "check_evaluation", "check_needs", "count_of", "examples_of", "guidance_of", "open_parts"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the data that images are compared with.
+
+    Attributes:
+        split: its name.
+        samples: open.
+        final: whether it is looked at after the last step alone.
+    """
+
+    split: Split
+    samples: Samples
+    final: bool = False
+
+
+def _wanted_parts(run: RunConfig) -> tuple[list[tuple[Split, Any]], list[str]]:
+    """The name and the source of the part that images are compared with, and of the other one for the last step.
+
+    Returns:
+        One or two, and notes on what was chosen, one line each. No source stands for the images of training.
+
+    Raises:
+        ConfigError: if the data has no such part.
+    """
+    options, found, notes = run.evaluate, list[tuple[Split, Any]](), list[str]()
+    wanted = {"split": options.split, "final_split": options.final_split}
+    for option, split in wanted.items():
+        if split is None or (option == "final_split" and split == options.split):
+            continue
+        source = validation_source(run) if split == "val" else part_of_data(run.data.source, split)
+        if source is None and split == "test":
+            raise ConfigError(
+                f"evaluate.{option} is 'test', and the data has no such part. Give it one (for webdataset "
+                "data.source.splits.test), or use train."
+            )
+        if source is None:
+            notes.append(
+                f"evaluate.{option} is 'val', and the data has no such part: images are compared with those of training"
+            )
+        found.append(("train", None) if source is None or split == "train" else (split, source))
+    return list(dict(found).items()), notes
+
+
+@contextmanager
+def open_parts(run: RunConfig, train: Samples, facts: DataFacts) -> Iterator[tuple[list[Part], list[str]]]:
+    """The parts of the data that a run evaluates itself on, open; and notes on them.
+
+    Args:
+        run: the config.
+        train: the images of training, open.
+        facts: what is known of them.
+
+    Raises:
+        ConfigError: if the data has no such part.
+        DataError: if it cannot be opened, or is not alike that of training.
+    """
+    wanted, notes = _wanted_parts(run)
+    parts: list[Part] = []
+    with ExitStack() as stack:
+        for i, (split, source) in enumerate(wanted):
+            samples = train if source is None else stack.enter_context(opened(source))
+            check_alike(samples, facts, what="evaluate")
+            parts.append(Part(split, samples, final=i > 0))
+        yield parts, notes
+
+
+def check_evaluation(run: RunConfig, task: Task) -> None:
+    """Refuse, before anything is trained, what an evaluation could not do.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    options, best = run.evaluate, run.checkpoint.best
+    known = sorted({score for metric in options.metrics for score in metric.better})
+    problems = []
+    if best != "validation" and best.partition("/")[0] not in known:
+        hint = did_you_mean(best, ["validation", *known])
+        problems.append(f"checkpoint.best is {best!r}, and must be validation or a score of evaluate.metrics.{hint}")
+    elif best != "validation" and options.every is None:
+        problems.append(
+            f"checkpoint.best is {best!r}, and evaluate.every is none, so that nothing is scored. Set evaluate.every."
+        )
+    if options.every is not None:
+        if not options.metrics:
+            problems.append("evaluate.every is set, and evaluate.metrics is empty. Name a metric, such as kid.")
+        try:
+            task.check_sampling(task.samplers(options.sampler), guidance_of(run))
+        except ConfigError as error:
+            problems += [f"evaluate: {problem}" for problem in error.problems]
+    if problems:
+        raise ConfigError(problems)
+
+
+def guidance_of(run: RunConfig) -> float | list[float]:
+    """How strongly the images of an evaluation follow their conditions."""
+    own = run.evaluate.guidance_scale
+    return run.sample.guidance_scale if own is None else own
+
+
+def count_of(run: RunConfig, part: Part, task: Task, *, first: int = 0) -> int:
+    """Images that are made: no more than there are samples to make them from, if they are made from such."""
+    wanted = run.evaluate.num_samples
+    return min(wanted, len(part.samples)) if task.wants or first else wanted
+
+
+def examples_of(run: RunConfig, part: Part, task: Task, device: torch.device, *, first: int = 0) -> DataExamples | None:
+    """What images are made from, where a task follows conditions, or does not begin with its first network."""
+    if not task.wants and not first:
+        return None
+    return DataExamples(part.samples, run.data, task, seed=run.seed, device=device, name=f"the {part.split} data")
+
+
+def check_needs(run: RunConfig, part: Part, task: Task, first: int = 0) -> list[str]:
+    """Refuse what no score could be computed from, before any image is made.
+
+    Args:
+        run: the config.
+        part: what images are compared with.
+            task: what makes them.
+        first: the place of the network that they begin with.
+
+    Returns:
+        What a reader of the scores must know of how many images there are, one line each.
+
+    Raises:
+        ConfigError: if a metric lacks what it needs, or there are too few images for it.
+        EnvironmentProblem, MissingExtraError: if an extractor cannot be loaded.
+    """
+    examples = examples_of(run, part, task, torch.device("cpu"), first=first)
+    brings = frozenset() if examples is None else examples.brings
+    problems, notes, dims = list[str](), list[str](), dict[str, int]()
+    for metric in run.evaluate.metrics:
+        if missing := sorted(set(metric.needs) - {"reference", "train"} - brings):
+            problems.append(
+                f"evaluate.metrics: {dump(metric)['name']} looks at the {' and '.join(missing)} that images are made "
+                "from, and there are none in this run. Leave it out."
+            )
+            continue
+        if "train" in metric.needs and part.split == "train":
+            problems.append(
+                f"evaluate.metrics: {dump(metric)['name']} compares with images that were not trained on, and there "
+                "are none. Give the data a validation part, set validate.source, or leave it out."
+            )
+            continue
+        extractor = _extractor_of(metric, run)
+        key = str(dump(extractor))
+        if key not in dims:
+            dims[key] = 1 if extractor is None else extractor.build().dim  # its weights are there
+        try:
+            notes += metric.problems(
+                made=count_of(run, part, task, first=first), reference=len(part.samples), dim=dims[key]
+            )
+        except ConfigError as error:
+            problems += [f"evaluate.metrics: {problem}" for problem in error.problems]
+    if problems:
+        raise ConfigError(problems)
+    return notes
+
+
+def _extractor_of(metric: Any, run: RunConfig) -> Any:
+    """The encoder whose features a metric looks at; None if it has a network of its own."""
+    if not any(option.name == "extractor" for option in fields(metric)):
+        return None
+    return run.evaluate.extractor if metric.extractor is None else metric.extractor

@@ -1,0 +1,57 @@
+"""What a perfect generator would score: real images against other real images."""
+
+from dataclasses import dataclass
+
+import torch
+
+from eclosion.errors import ConfigError
+from eclosion.metrics.metric import Evidence, Metric, Moments, Reference, Score
+from eclosion.rng import generator
+
+__all__ = ["Floor", "floor"]
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Scores of real images against other real images.
+
+    Attributes:
+        scores: by name, as the metric gives them.
+        made: real images that stood in for those that are scored.
+        reference: other real images that they were compared with.
+    """
+
+    scores: dict[str, Score]
+    made: int
+    reference: int
+
+
+def floor(
+    metric: Metric, reference: Reference, made: int, seed: int = 0, train: Reference | None = None
+) -> Floor | None:
+    """The scores of a part of the reference against the rest of it.
+
+    Args:
+        metric: what is scored.
+        reference: real images; of those whose features were kept, a part is drawn with `seed`.
+        made: images that the evaluation scores; as many are drawn, or half of the reference if it has too few.
+        seed: of that draw, and of what the metric draws.
+        train: images that were trained on, for a metric that needs them.
+
+    Returns:
+        None if there are too few images, or if the metric looks at something else than sets of images.
+    """
+    here = {"reference", "train"} if train is not None else {"reference"}
+    kept = reference.features
+    part = min(made, len(kept) // 2)
+    if not set(metric.needs) <= here or part == 0:
+        return None
+    try:
+        for _ in metric.problems(made=part, reference=len(kept) - part, dim=kept.shape[1]):
+            pass  # what holds for the scores holds for their floor
+    except ConfigError:
+        return None
+    order = torch.from_numpy(generator(seed, "floor").permutation(len(kept)))
+    drawn, rest = kept[order[:part]], kept[order[part:]]
+    evidence = Evidence(made=drawn, reference=Reference(Moments.of(rest), rest), train=train, seed=seed)
+    return Floor(metric.scores(evidence), part, len(rest))

@@ -1,0 +1,161 @@
+"""Whether images are copies of training images."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from eclosion.errors import DataError
+from eclosion.metrics.features import enough, nearest, rows
+from eclosion.metrics.metric import Evidence, Need, Score
+from eclosion.metrics.uncertainty import of_share, with_error
+from eclosion.registry import PartOf, part
+
+__all__ = ["Memorisation", "Pair"]
+
+
+class Pair(NamedTuple):
+    """An image and the training image that is nearest to it.
+
+    Attributes:
+        image: number of the image, a row of `made`.
+        train: number of the training image, a row of `train.features` and of `train.names`.
+        distance: between their features.
+        held_out: share of the held-out images that are as near to a training image, or nearer.
+        too_near: whether the image counts as memorised.
+    """
+
+    image: int
+    train: int
+    distance: float
+    held_out: float
+    too_near: bool
+
+
+@part
+class Memorisation:
+    """Whether images are nearer to training images than real images are that were never trained on.
+
+    `memorised` is the share of images that are as near to a training image as the nearest `quantile` of the held-out
+    ones: what is drawn afresh scores `quantile`, copies score 1. `nearer_than_held_out` is the chance that an image is
+    nearer to the training set than a held-out image is: 1/2 for fresh draws, 1 for copies, less for images unlike any.
+
+    The reference has to be held out: images of the same kind that were not trained on.
+
+    Source: the second score is that of Meehan et al. 2020, https://arxiv.org/abs/2004.05675, over all of the space.
+    """
+
+    # The encoder whose features it looks at; none takes the evaluation's.
+    extractor: Annotated[Any, PartOf("encoders")] | None = None
+    # Share of the held-out images that lies too near to the training images by chance.
+    quantile: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What has to be there besides the images."""
+        return ("reference", "train")
+
+    @property
+    def better(self) -> Mapping[str, Literal["lower", "higher"]]:
+        """Each score, and which way is better."""
+        return {"memorised": "lower", "nearer_than_held_out": "lower"}
+
+    def problems(self, *, made: int, reference: int, dim: int) -> Iterator[str]:
+        """What a reader must know of these counts.
+
+        Raises:
+            ConfigError: if there are fewer than two images of a kind.
+        """
+        enough("memorisation", {"made": made, "held-out": reference}, 2)
+        expected = self._place(reference) / (reference + 1)
+        if expected > self.quantile:
+            yield (
+                f"memorisation: {reference} held-out images have no nearest {self.quantile:.3g} of them: fresh draws "
+                f"score memorised = {expected:.2g}. Hold out {math.ceil(1 / self.quantile)} or more."
+            )
+
+    def scores(self, evidence: Evidence) -> dict[str, Score]:
+        """The scores by name.
+
+        Raises:
+            ConfigError: if features of too few held-out images were kept.
+            DataError: if a feature is not finite, or the held-out images are themselves among those trained on.
+        """
+        found = self._look(evidence)
+        return {
+            "memorised": of_share(int((found.made <= found.threshold).sum()), len(found.made)),
+            "nearer_than_held_out": _chance_of_less(found.made, found.held_out),
+        }
+
+    def pairs(self, evidence: Evidence, *, limit: int = 16) -> list[Pair]:
+        """The images that are nearest to a training image, with that one; nearest first, at most `limit`."""
+        found = self._look(evidence)
+        return [
+            Pair(
+                image,
+                int(found.train[image]),
+                float(found.made[image]),
+                float((found.held_out <= found.made[image]).double().mean()),
+                bool(found.made[image] <= found.threshold),
+            )
+            for image in found.made.argsort(stable=True)[:limit].tolist()
+        ]
+
+    def _place(self, held_out: int) -> int:
+        """Which of the held-out distances, from the least, is the threshold: a fresh draw is below the k-th of M with
+        probability k / (M + 1).
+        """
+        return max(1, math.floor(self.quantile * (held_out + 1)))
+
+    def _look(self, evidence: Evidence) -> "_Distances":
+        assert evidence.reference is not None
+        assert evidence.train is not None
+        train = rows("memorisation", "training", evidence.train.features)
+        made, which = nearest(rows("memorisation", "made", evidence.made), train)
+        held_out, _ = nearest(rows("memorisation", "held-out", evidence.reference.features), train)
+        list(self.problems(made=len(made), reference=len(held_out), dim=train.shape[1]))  # of those that were kept
+        if (copies := int((held_out == 0).sum())) > len(held_out) / 2:
+            raise DataError(
+                f"memorisation: {copies} of {len(held_out)} held-out images are themselves among those trained on, so "
+                "nothing tells copies from likeness. Compare with a part that was not trained on, such as split=val."
+            )
+        threshold = float(held_out.sort().values[self._place(len(held_out)) - 1])
+        return _Distances(made, which, held_out, threshold)
+
+
+@dataclass(frozen=True)
+class _Distances:
+    """To the nearest training image.
+
+    Attributes:
+        made: float64 [N], of each image.
+        train: int64 [N], which training image that is.
+        held_out: float64 [M], of each held-out image.
+        threshold: what is as near as this, or nearer, counts as memorised.
+    """
+
+    made: Tensor
+    train: Tensor
+    held_out: Tensor
+    threshold: float
+
+
+def _chance_of_less(x: Tensor, y: Tensor) -> Score:
+    """The chance that one of `x` is less than one of `y`, equals counting half.
+
+    Source: the error is that of DeLong et al. 1988, https://doi.org/10.2307/2531595.
+    """
+    above = (_above(x, y) + _above(x, y, equal=True)) / 2  # of each x, the share of y above it
+    below = 1 - (_above(y, x) + _above(y, x, equal=True)) / 2  # of each y, the share of x below it
+    score = with_error(float(above.mean()), math.sqrt(float(above.var()) / len(x) + float(below.var()) / len(y)))
+    assert score.interval is not None
+    return Score(score.value, score.error, (max(0.0, score.interval[0]), min(1.0, score.interval[1])))
+
+
+def _above(x: Tensor, y: Tensor, *, equal: bool = False) -> Tensor:
+    """Of each x, the share of y that is larger, or as large."""
+    return 1 - torch.searchsorted(y.sort().values, x, right=not equal).double() / len(y)

@@ -1,0 +1,375 @@
+"""`evaluate`: of a run, a checkpoint, a pipeline, a folder or data, against any of these."""
+
+import json
+import shutil
+import sys
+from contextlib import ExitStack
+from types import ModuleType, SimpleNamespace
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline
+from PIL import Image
+from torch import nn
+
+from eclosion import evaluate, export, sample, shard, train
+from eclosion.config.load import load
+from eclosion.errors import ConfigError, DataError, UserError
+from eclosion.evaluation.images import Seen
+from eclosion.evaluation.opening import Asked, Opener
+from eclosion.evaluation.pipelines import FollowedData, PipelineImages, images_of_pipeline
+from eclosion.models.image_encoder import ImageEncoder, Preprocess
+from eclosion.registry import ENCODERS, build, part
+from eclosion.rng import integer_seed
+
+DIM = 6
+SOURCE = "butterflies,size=12,resolution=16"
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, DIM, 3, bias=False)
+        weights = np.random.default_rng(0).normal(size=self.conv.weight.shape)
+        self.conv.weight.data = torch.from_numpy(weights).float()
+
+    def forward(self, pixels):
+        return self.conv(pixels).amax((2, 3))
+
+
+@part
+class Fake:
+    """An encoder that needs no file."""
+
+    def build(self):
+        preprocess = Preprocess(resize=(8, 8), crop=None, mean=(0.5,) * 3, std=(0.5,) * 3)
+        return ImageEncoder(Tiny(), preprocess, dim=DIM, normalize=False)
+
+
+@pytest.fixture(autouse=True)
+def _fakes(tmp_path, monkeypatch):
+    module = ModuleType("fake_encoders")
+    module.Fake = Fake
+    monkeypatch.setattr(Fake, "__module__", "fake_encoders")
+    monkeypatch.setitem(sys.modules, "fake_encoders", module)
+    monkeypatch.setitem(ENCODERS, "fake", "fake_encoders:Fake")
+    monkeypatch.setenv("ECLOSION_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def run(uninterrupted, tmp_path):
+    """A copy, since results are written into it."""
+    return shutil.copytree(uninterrupted, tmp_path / "run")
+
+
+@pytest.fixture
+def folder(uninterrupted, tmp_path):
+    return sample(uninterrupted, num_images=10, num_inference_steps=2, out=tmp_path / "made")
+
+
+def picture(path):
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
+FEW = {"num_images": 10, "num_inference_steps": 2, "extractor": "fake"}
+
+
+def test_scores_of_a_run_are_kept_with_it(run):
+    found = evaluate(run, **FEW)
+    results = json.loads((run / "results.json").read_text())["results"]
+    assert [row["score"] for row in results] == ["kid"]
+    row = results[0]
+    assert row["made"]["step"] == 12
+    assert row["made"]["sampler"]["num_inference_steps"] == 2
+    assert row["against"]["split"] == "train"
+    assert row["n_reference"] == 40
+    assert row["value"] == found.results[0].value
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last == {"step": 12, "samples_seen": 96, "evaluate/kid/fake": row["value"]}
+    assert any("no part to validate with" in note for note in found.notes)
+    assert picture(run / "evaluations" / "step-00000012" / "grid.png").width > 16
+
+
+def test_a_run_scores_as_it_scored_itself_with_the_options_of_its_config(make_config, tmp_path):
+    section = {"every": 1, "metrics": ["fid"], "extractor": "fake", "num_samples": 6, "seed": 5, "batch_size": 4}
+    sampler = {"name": "euler", "num_inference_steps": 2}
+    config = make_config(tmp_path / "run", train={"duration": "1 steps"}, sample={"num_images": 0})
+    run, told = train(config | {"evaluate": section | {"sampler": sampler}}), []
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    itself = {line["step"]: line["evaluate/fid/fake"] for line in logged if "evaluate/fid/fake" in line}
+    row = evaluate(run, on_image=lambda *done: told.append(done)).results[0]
+    assert row.value == itself[1]
+    assert (row.score, row.extractor.name, row.n, row.seed, row.made["seed"]) == ("fid", "fake", 6, 5, 5)
+    assert row.made["sampler"]["name"] == "euler"
+    assert (4, 6) in told
+    assert evaluate(run, metrics="kid", seed=0).results[0].made["seed"] == 0
+    with pytest.raises(ConfigError, match="makes images of 16x16 pixels"):
+        evaluate(run, image_size=32)
+
+
+def test_a_second_evaluation_replaces_the_same_score_and_leaves_others(run):
+    once = evaluate(run, **FEW)
+    again = evaluate(run, **FEW)
+    assert again.results[0].value == once.results[0].value
+    evaluate(run, **FEW | {"num_inference_steps": 3})
+    evaluate(run, **FEW, metrics="kid,degree=2,fid", checkpoint=9)
+    rows = json.loads((run / "results.json").read_text())["results"]
+    told = [(row["score"], row["made"]["step"], row["made"]["sampler"]["num_inference_steps"]) for row in rows]
+    assert told == [("kid", 12, 2), ("kid", 12, 3), ("kid", 9, 2), ("fid", 9, 2)]
+
+
+def test_images_of_a_run_score_as_their_files_do(run, folder):
+    made = evaluate(run, against=SOURCE, **FEW).results[0]
+    # the files were made with another number at once, which may change a last bit of a few
+    files = evaluate(folder, against=SOURCE, extractor="fake").results[0]
+    assert files.value == pytest.approx(made.value, rel=1e-3)
+    assert files.n == made.n == 10
+    assert made.n_reference == 12
+    one = evaluate(run / "checkpoints" / "step-00000012", against=SOURCE, **FEW).results[0]
+    assert one.value == made.value
+
+
+def test_a_run_that_is_stopped_goes_on_where_it_was(run, tmp_path):
+    whole = evaluate(run, out=tmp_path / "whole", batch_size=2, **FEW).results[0]
+    calls = []
+
+    def stop(step, steps):
+        calls.append(step)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run, batch_size=2, on_step=stop, **FEW)
+    calls.clear()
+    told = []
+    again = evaluate(
+        run, batch_size=2, on_step=lambda *_: calls.append(0), on_image=lambda *done: told.append(done), **FEW
+    )
+    assert again.results[0].value == whole.value
+    assert (6, 10) in told
+    assert (4, 10) not in told
+    assert not list((run / "evaluations").rglob("*.safetensors"))
+    grids = [picture(path / "grid.png").tobytes() for path in (tmp_path / "whole", again.folder)]
+    assert grids[0] == grids[1]
+
+
+def test_the_command_tells_scores_and_writes_them_where_it_is_told(command, folder, tmp_path):
+    ended = command(
+        "evaluate", folder, "--against", SOURCE, "--metrics", "kid,fid", "--extractor", "fake", "--out", tmp_path / "o"
+    )
+    assert ended.code == 0
+    assert f"10 images: {folder}, against {SOURCE}" in ended.out
+    lines = {line.split()[0]: line for line in ended.out.splitlines() if line}
+    assert "lower" in lines["kid"]
+    assert "fake" in lines["fid"]
+    assert sorted(path.name for path in (tmp_path / "o").glob("[!.]*")) == ["grid.png", "results.json"]
+    ended = command("evaluate", folder, "--against", SOURCE, "--extractor", "fake", "--json")
+    kept = json.loads((tmp_path / "o" / "results.json").read_text())["results"]
+    assert json.loads(ended.out)["results"][0]["value"] == kept[0]["value"]
+
+
+def test_a_folder_of_another_size_is_brought_to_that_of_the_images(run, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for i in range(6):
+        pixels = np.random.default_rng(i).integers(0, 256, (20, 30, 3), np.uint8)
+        Image.fromarray(pixels).save(other / f"{i}.png")
+    found = evaluate(run, against=other, **FEW)
+    assert f"images of {other} are brought to 16x16 pixels, as those that are scored are." in found.notes
+    assert found.results[0].against["size"] == [16, 16]
+    Image.new("RGB", (9, 9)).save(other / "6.png")
+    with pytest.raises(DataError, match=r"6\.png: is 9x9 pixels"):
+        evaluate(other, against=SOURCE, extractor="fake")
+    assert evaluate(other, against=SOURCE, extractor="fake", image_size=16).results[0].n == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"what": "nowhere"}, r"what: there is no nowhere"),
+        ({"what": "butterfles"}, r"Did you mean 'butterflies'"),
+        ({"what": 3}, r"what is a int, and must be a run folder"),
+        ({"what": build("sources", "butterflies").open()}, r"what is a Butterflies, and must be a run folder"),
+        ({"what": SOURCE, "against": SOURCE, "num_images": 1}, r"kid"),
+        ({"what": SOURCE, "num_images": 13, "against": SOURCE}, r"holds 12 images, and num_images asks for 13"),
+        ({"what": SOURCE}, r"kid needs images to compare with"),
+        ({"what": SOURCE, "against": "nowhere"}, r"against: there is no nowhere"),
+        ({"what": SOURCE, "against": SOURCE, "num_images": 0}, r"num_images is 0"),
+        ({"what": SOURCE, "against": SOURCE, "metrics": "degree=2"}, r"begins with the option degree=2"),
+        ({"what": SOURCE, "against": SOURCE, "extractor": "fake,fake"}, r"must be one encoder"),
+        ({"what": SOURCE, "against": SOURCE, "split": "test"}, r"split is 'test', and the data has no such part"),
+    ],
+)
+def test_what_cannot_be_scored_is_told_in_one_line(options, message):
+    with pytest.raises(UserError, match=message) as error:
+        evaluate(**{"extractor": "fake"} | options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_without_held_out_images_cannot_say_what_it_memorised(run, folder):
+    with pytest.raises(ConfigError, match="compares with images that were not trained on"):
+        evaluate(run, metrics="memorisation", **FEW)
+    found = evaluate(run, metrics="memorisation", against=SOURCE, **FEW)
+    assert (run / "evaluations" / "step-00000012" / "memorised.png").exists()
+    assert {row.score for row in found.results} >= {"memorised"}
+
+
+# --- pipelines -------------------------------------------------------------------------------------------------------
+
+
+def no_data():
+    raise AssertionError
+
+
+ASKED = {"count": 4, "seed": 3, "sampler": None, "guidance_scale": None, "device": "cpu", "followed": no_data}
+
+
+def test_images_of_a_pipeline_are_those_that_it_makes(uninterrupted, tmp_path):
+    folder = export(uninterrupted, tmp_path / "pipeline", pipeline="ddim")
+    images = images_of_pipeline(folder, num_inference_steps=2, **ASKED)
+    pipeline = DDIMPipeline.from_pretrained(folder)
+    noise = [torch.Generator().manual_seed(integer_seed(3, "sample", i)) for i in (2, 0)]
+    wanted = pipeline(batch_size=2, generator=noise, num_inference_steps=2, output_type="np").images
+    assert np.array_equal(images.read([2, 0]).pixels.permute(0, 2, 3, 1), np.rint(wanted * 255).astype(np.uint8))
+    assert images.size == (16, 16)
+    assert images.facts["sampler"]["num_inference_steps"] == 2
+    found = evaluate(folder, against=SOURCE, **FEW)
+    assert found.results[0].made["what"] == "pipeline"
+    assert found.folder is None
+    other = images_of_pipeline(folder, num_inference_steps=3, **ASKED)
+    assert other.fingerprint != images.fingerprint
+
+
+def test_a_pipeline_that_makes_no_numbers_is_named(uninterrupted, tmp_path):
+    folder = export(uninterrupted, tmp_path / "pipeline", pipeline="ddim")
+    images = images_of_pipeline(folder, num_inference_steps=2, **ASKED)
+    next(images._pipeline.unet.parameters()).data.fill_(torch.nan)
+    with pytest.raises(DataError, match=r"image 1 of .*pipeline is not finite"):
+        images.read([1])
+
+
+class Drawing:
+    """A pipeline that draws the length of each caption as a level of grey, with noise from the generators."""
+
+    scheduler = SimpleNamespace(config={"steps": 1})
+    unet = SimpleNamespace(config=SimpleNamespace(sample_size=16))
+    components: ClassVar[dict[str, object]] = {}
+
+    def set_progress_bar_config(self, disable):
+        pass
+
+    def __call__(self, prompt, generator=None, num_inference_steps=7, output_type="pil"):
+        levels = np.array([len(caption) for caption in prompt], np.float32)[:, None, None, None] / 255
+        noise = np.stack([torch.rand((16, 16, 3), generator=one).numpy() for one in generator])
+        return SimpleNamespace(images=levels + noise / 2)
+
+
+def test_a_pipeline_that_follows_captions_gets_those_of_the_data(tmp_path):
+    data = load({"output": "x", "data": {"source": {"name": "butterflies", "size": 3}, "image_size": 16}}).run.data
+    samples = data.source.open()
+    with_captions = {"followed": lambda: FollowedData(samples, data, 0, "butterflies")}
+    images = PipelineImages(tmp_path, Drawing(), count=5, seed=0, options={}, **with_captions)
+    seen = images.read([1, 4])
+    assert seen.captions == [samples.read(1).caption] * 2
+    assert images.facts["sampler"]["num_inference_steps"] == 7
+    assert torch.equal(images.read([4]).pixels[0], seen.pixels[1])
+    assert not torch.equal(seen.pixels[0], seen.pixels[1])
+    with pytest.raises(ConfigError, match="Drawing takes no guidance_scale"):
+        PipelineImages(tmp_path, Drawing(), count=5, seed=0, options={"guidance_scale": 2}, **with_captions)
+
+
+def test_a_folder_that_only_says_it_is_a_pipeline_is_named(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}')
+    with pytest.raises(UserError, match="the pipeline cannot be loaded") as error:
+        evaluate(tmp_path, against=SOURCE, **FEW)
+    assert "\n" not in str(error.value)
+
+
+# --- images that follow something ------------------------------------------------------------------------------------
+
+UNET = {
+    "name": "unclip_unet",
+    "base_channels": 8,
+    "channel_mults": [1, 2],
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+    "num_attention_heads": 2,
+    "attention_head_dim": 4,
+    "prediction_type": "sample",
+}
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    """A decoder of 16 pixels, trained for a step on butterflies with embeddings of six numbers."""
+    folder = tmp_path_factory.mktemp("decoder")
+    np.save(folder / "rows.npy", np.random.default_rng(0).standard_normal((12, DIM)).astype("f4"))
+    butterflies = build("sources", {"name": "butterflies", "size": 12, "resolution": 16})
+    shard(butterflies, folder / "tars", samples_per_shard=4, image_embeddings=folder / "rows.npy")
+    source = {
+        "name": "webdataset",
+        "webdataset_base_url": str(folder / "tars" / "{}.tar"),
+        "img_embeddings_url": str(folder / "tars" / "img_emb"),
+        "shard_width": 5,
+        "splits": {"train": 0.34, "val": 0.66},
+    }
+    model = {key: value for key, value in UNET.items() if key != "prediction_type"}
+    config = {
+        "output": str(folder / "run"),
+        "data": {"source": source, "image_size": 16},
+        "task": {"name": "unclip_decoder", "unets": [{"model": model, "prediction_type": "sample"}]},
+        "train": {"duration": "1 steps", "batch_size": 2, "mixed_precision": "no"},
+        "sample": {"num_images": 0, "sampler": {"name": "ddim", "num_inference_steps": 2}},
+        "evaluate": {"sampler": {"name": "ddim", "num_inference_steps": 2}},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ECLOSION_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return train(config)
+
+
+def test_images_that_follow_embeddings_are_compared_with_them_and_with_their_originals(decoder, tmp_path):
+    run = shutil.copytree(decoder, tmp_path / "run")
+    found = evaluate(run, metrics="cosine,kid", extractor="fake")
+    cosine = next(row for row in found.results if row.score == "cosine")
+    kid = next(row for row in found.results if row.score == "kid")
+    # as many as there are examples in the split
+    assert found.n == cosine.n == kid.n_reference
+    assert kid.against["split"] == "val"
+    grid = picture(run / "evaluations" / "step-00000001" / "grid.png")
+    assert "originals above" in grid.info["legend"]
+    many = evaluate(run, metrics="cosine", extractor="fake", num_images=found.n + 1)
+    assert any("some follow the same" in note for note in many.notes)
+
+
+def test_a_decoder_and_its_pipeline_make_the_same_images(decoder, tmp_path):
+    folder = export(decoder, tmp_path / "pipeline")
+    with ExitStack() as stack:
+        opener = Opener(stack, Asked(num_images=4, num_inference_steps=2, device="cpu", guidance_scale=1.0))
+        run, pipeline = (opener.scored(what, decoder).images.read([0, 3]) for what in (decoder, folder))
+    assert torch.equal(run.pixels, pipeline.pixels)
+    assert torch.equal(run.originals, pipeline.originals)
+    assert torch.equal(run.conditions, pipeline.conditions)
+    with pytest.raises(ConfigError, match="the pipeline follows embeddings or captions"):
+        evaluate(folder, **FEW)
+
+
+class Constant:
+    """Images of the caller's own."""
+
+    name, fingerprint, facts, brings = "constant", "constant", {}, frozenset()
+
+    def __len__(self):
+        return 5
+
+    def read(self, indices):
+        return Seen(torch.full((len(indices), 3, 16, 16), 7, dtype=torch.uint8), [f"constant {i}" for i in indices])
+
+
+def test_images_of_the_callers_own_can_be_scored():
+    found = evaluate(Constant(), against=SOURCE, extractor="fake")
+    assert found.n == 5
+    assert found.results[0].value > 0

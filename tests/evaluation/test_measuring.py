@@ -1,0 +1,355 @@
+"""Scores of images: what metrics give for the features of these images, however often it was stopped."""
+
+import json
+import sys
+import threading
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from eclosion.errors import ConfigError, DataError
+from eclosion.evaluation import looking, measuring
+from eclosion.evaluation.images import ALONE, Seen
+from eclosion.evaluation.measuring import measure
+from eclosion.evaluation.reference import kept_images, reference_of, save_statistics
+from eclosion.metrics.metric import Evidence, Moments, Reference
+from eclosion.models.image_encoder import ImageEncoder, Preprocess
+from eclosion.registry import ENCODERS, build, part
+
+DIM, COUNT = 6, 45
+CPU = torch.device("cpu")
+
+
+class Tiny(nn.Module):
+    def __init__(self, seed=0):
+        super().__init__()
+        self.conv = nn.Conv2d(3, DIM, 3, bias=False)
+        weights = np.random.default_rng(seed).normal(size=self.conv.weight.shape)
+        self.conv.weight.data = torch.from_numpy(weights).float()
+
+    def forward(self, pixels):
+        return self.conv(pixels).amax((2, 3))
+
+
+def tiny(seed=0):
+    preprocess = Preprocess(resize=(8, 8), crop=None, mean=(0.5,) * 3, std=(0.5,) * 3)
+    return ImageEncoder(Tiny(seed), preprocess, dim=DIM, normalize=False)
+
+
+class Pictures:
+    """Noise, brighter or darker, with what it could have been made from."""
+
+    def __init__(self, name, *, seed=0, count=COUNT, top=256, brings=(), stops_at=None, pixels=None):
+        drawn = np.random.default_rng(seed).integers(0, top, (count, 3, 8, 8), np.uint8)
+        self.pixels = torch.from_numpy(drawn if pixels is None else pixels)
+        self.name, self.fingerprint, self.facts = name, f"{name} {seed} {count} {top}", {"size": [8, 8], "seed": seed}
+        self.brings, self._stops_at, self.num_read = frozenset(brings), stops_at, 0
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def read(self, indices):
+        if self._stops_at is not None and self.num_read >= self._stops_at:
+            raise KeyboardInterrupt
+        self.num_read += len(indices)
+        pixels = self.pixels[list(indices)]
+        return Seen(
+            pixels,
+            [f"{self.name} {i}" for i in indices],
+            originals=255 - pixels if "originals" in self.brings else None,
+            captions=[f"{'a' * (1 + i % 3)} bc d " * 2 for i in indices] if "captions" in self.brings else None,
+            conditions=pixels.float().mean((2, 3)).repeat(1, 2) if "conditions" in self.brings else None,
+        )
+
+    def features(self, encoder):
+        return encoder(self.pixels.float() / 127.5 - 1)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECLOSION_CACHE", str(tmp_path / "cache"))
+
+
+def measured(made, against=None, *, metrics=("kid",), extractor=None, **options):
+    options = {"batch_size": 8, "device": CPU} | options
+    return measure(made, metrics=metrics, extractor=extractor or tiny(), against=against, **options)
+
+
+def as_reference(features):
+    return Reference(Moments.of(features), features)
+
+
+def test_a_score_is_that_of_the_features_of_these_images():
+    made, real, encoder = Pictures("made", top=200), Pictures("real", seed=1, count=60), tiny()
+    found = measured(made, real, metrics=["kid", "fid"], extractor=encoder, seed=5)
+    evidence = Evidence(made=made.features(encoder), reference=as_reference(real.features(encoder)), seed=5)
+    wanted = build("metrics", "kid").scores(evidence) | build("metrics", "fid").scores(evidence)
+    assert [row.score for row in found.rows] == ["kid", "fid"]
+    for row in found.rows:
+        assert row.value == pytest.approx(wanted[row.score].value, rel=1e-6)
+        assert row.error == pytest.approx(wanted[row.score].error, rel=1e-5)
+
+
+def test_a_row_says_all_that_its_number_means():
+    encoder = tiny()
+    made, real = Pictures("made", top=200), Pictures("real", seed=1, count=60)
+    (row,) = measured(made, real, metrics=[{"name": "kid", "degree": 2}], extractor=encoder, seed=5).rows
+    told = json.loads(json.dumps(row.as_dict(), allow_nan=False))
+    assert told["metric"]["name"] == "kid"
+    assert told["metric"]["degree"] == 2
+    assert (told["n"], told["n_reference"], told["seed"], told["better"]) == (COUNT, 60, 5, "lower")
+    assert told["extractor"]["fingerprint"] == encoder.fingerprint
+    assert told["extractor"]["weights"] == encoder.weights
+    assert told["extractor"]["resize"] == encoder.resize
+    assert (told["made"]["name"], told["made"]["size"], told["against"]["name"]) == ("made", [8, 8], "real")
+    assert told["floor"]["n"] + told["floor"]["n_reference"] <= 60
+    # real against real is about zero, and these images are not real
+    assert told["value"] > told["floor"]["interval"][1]
+
+
+@part
+class Fake:
+    """An encoder that reads captions as well: the lengths of their words."""
+
+    def build(self):
+        return tiny()
+
+    def build_text(self):
+        return Words()
+
+
+class Words:
+    fingerprint = "words"
+
+    def to(self, device):
+        return self
+
+    def pooled(self, captions):
+        return torch.tensor([[float(len(word)) for word in caption.split()] for caption in captions])
+
+
+class Apart:
+    """How far the mean levels of two images are apart."""
+
+    fingerprint, weights, resize, notes = "apart", "none", "none", ()
+
+    def to(self, device):
+        return self
+
+    def __call__(self, made, original):
+        return (made.mean((1, 2, 3)) - original.mean((1, 2, 3))).abs()
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    module = ModuleType("fake_encoders")
+    module.Fake = Fake
+    monkeypatch.setattr(Fake, "__module__", "fake_encoders")
+    monkeypatch.setitem(sys.modules, "fake_encoders", module)
+    monkeypatch.setitem(ENCODERS, "fake", "fake_encoders:Fake")
+    monkeypatch.setattr(looking, "lpips_network", lambda *_, **__: Apart())
+
+
+def test_what_an_image_was_made_from_comes_to_the_metrics_that_ask_for_it(fakes):
+    encoder = tiny()
+    made = Pictures("made", brings=["originals", "conditions", "captions"])
+    clip = {"name": "clip_score", "extractor": "fake"}
+    metrics = ["cosine", clip, clip | {"against": "original"}, "lpips"]
+    found = {row.key: row for row in measured(made, metrics=metrics, extractor=encoder).rows}
+    seen, features = made.read(range(COUNT)), made.features(encoder)
+
+    def mean_cosine(partners):
+        return pytest.approx(float(torch.cosine_similarity(features, partners).clamp(min=0).mean()), rel=1e-5)
+
+    assert found["evaluate/cosine/ImageEncoder"].value == pytest.approx(
+        float(torch.cosine_similarity(features, seen.conditions).mean()), rel=1e-5
+    )
+    apart = Apart()(seen.pixels / 127.5 - 1, seen.originals / 127.5 - 1).mean()
+    assert found["evaluate/lpips/alex"].value == pytest.approx(float(apart), rel=1e-5)
+    rows = measured(made, metrics=[clip], extractor=encoder).rows
+    assert rows[0].value / 100 == mean_cosine(Words().pooled(seen.captions))
+    rows = measured(made, metrics=[clip | {"against": "original"}], extractor=encoder).rows
+    assert rows[0].value / 100 == mean_cosine(encoder(seen.originals / 127.5 - 1))
+
+
+def test_embeddings_that_images_follow_are_those_of_the_encoder_that_made_them(fakes):
+    made = Pictures("made", brings=["conditions"])
+    made.encoder = Fake()
+    other = ImageEncoder(Tiny(), tiny().preprocess, dim=DIM, normalize=True)
+    assert measured(made, metrics=["cosine"], extractor=other).rows[0].extractor.name == "fake"
+
+
+def test_the_first_images_and_their_originals_are_shown():
+    made = Pictures("made", brings=["originals", "conditions"])
+    found = measured(made, metrics=["cosine"])
+    assert np.array_equal(found.grid, made.pixels[:32].permute(0, 2, 3, 1))
+    assert np.array_equal(found.originals, 255 - found.grid)
+    few = measured(Pictures("made", count=5), Pictures("real", seed=1))
+    assert len(few.grid) == 5
+    assert few.originals is None
+
+
+def test_copies_of_training_images_are_found_by_their_numbers():
+    train, held_out = Pictures("train", seed=2, count=60), Pictures("held out", seed=1, count=120)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 3, 8, 8), np.uint8)
+    pixels[7], pixels[11] = train.pixels[33], train.pixels[2]
+    found = measured(Pictures("made", pixels=pixels), held_out, train=train, metrics=["memorisation"])
+    assert {(pair.image, pair.train) for pair in found.pairs[:2]} == {(7, 33), (11, 2)}
+    assert all(pair.too_near for pair in found.pairs[:2])
+    assert measured(Pictures("made"), held_out).pairs is None
+
+
+def test_training_images_that_are_not_looked_at_are_told_of(monkeypatch):
+    monkeypatch.setitem(measuring.KEPT, "train", 20)
+    train, held_out = Pictures("train", seed=2, count=60), Pictures("held out", seed=1, count=120)
+    found = measured(Pictures("made"), held_out, train=train, metrics=["memorisation"])
+    assert "memorisation: looks at 20 of 60 training images. Copies of the others are not found." in found.rows[0].notes
+    numbers = set(kept_images(train, 20).tolist())
+    assert {pair.train for pair in found.pairs} <= numbers
+
+
+# --- several processes, and stops ------------------------------------------------------------------------------------
+
+
+def in_two_threads(work):
+    """What `work(workers)` gives in each of two processes, which are threads here."""
+    meeting, box, outcomes = threading.Barrier(2, timeout=30), [None, None], [None, None]
+
+    class Thread:
+        size = 2
+
+        def __init__(self, rank):
+            self.rank = rank
+
+        def gather(self, value):
+            box[self.rank] = value
+            meeting.wait()
+            everyone = list(box)
+            meeting.wait()
+            return everyone
+
+        def from_leader(self, value):
+            return self.gather(value)[0]
+
+        def agree(self):
+            return None
+
+    def run(rank):
+        try:
+            outcomes[rank] = work(Thread(rank))
+        except BaseException as error:  # noqa: BLE001 - looked at by the test
+            outcomes[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
+
+
+ASKED = {"metrics": ["kid", "fid", "precision_recall"], "seed": 3}
+
+
+def test_two_processes_find_the_same_bits_as_one(tmp_path):
+    def work(workers, cache):
+        made, real = Pictures("made", top=200), Pictures("real", seed=1, count=60)
+        return measured(made, real, workers=workers, cache=tmp_path / cache, **ASKED)
+
+    alone = work(ALONE, "alone")
+    for shared in in_two_threads(lambda workers: work(workers, "shared")):
+        assert shared.rows == alone.rows
+        assert np.array_equal(shared.grid, alone.grid)
+
+
+def test_an_evaluation_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
+    real, keep = Pictures("real", seed=1, count=60), tmp_path / "kept"
+    whole = measured(Pictures("made", top=200), real, **ASKED)
+    with pytest.raises(KeyboardInterrupt):
+        measured(Pictures("made", top=200, stops_at=24), real, keep=keep, **ASKED)
+    again = Pictures("made", top=200)
+    found = measured(again, real, keep=keep, **ASKED)
+    assert found.rows == whole.rows
+    assert np.array_equal(found.grid, whole.grid)
+    # all that was missing, and of what was not, the three batches whose images are shown
+    assert again.num_read == COUNT
+    assert not keep.exists()
+
+
+def test_real_images_are_looked_at_once():
+    first, second = Pictures("real", seed=1), Pictures("real", seed=1)
+    rows = [measured(Pictures("made"), real).rows for real in (first, second)]
+    assert (first.num_read, second.num_read) == (COUNT, 0)
+    assert rows[0] == rows[1]
+
+
+# --- what is wrong ---------------------------------------------------------------------------------------------------
+
+
+def test_metrics_that_lack_something_are_refused_before_an_image_is_made():
+    made = Pictures("made")
+    with pytest.raises(ConfigError) as error:
+        measured(made, metrics=["kid", "lpips", "memorisation", "cosine", "clip_score"])
+    assert [problem.partition(" needs ")[0] for problem in error.value.problems] == [
+        "kid", "lpips", "memorisation", "memorisation", "cosine", "clip_score",
+    ]  # fmt: skip
+    assert made.num_read == 0
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        (["kidd"], "'kidd' is not one of the metrics. Did you mean 'kid'"),
+        ([{"name": "kid", "subset": 3}], "kid: subset is not an option"),
+        ([], "metrics is empty"),
+        ([{"name": "inception_score"}], "needs an extractor that names classes, and ImageEncoder does not"),
+        ([{"name": "kid", "subsets": 2}], "subset_size"),
+    ],
+)
+def test_metrics_that_cannot_be_computed_are_refused(metrics, message):
+    made = Pictures("made")
+    with pytest.raises(ConfigError) as error:
+        measured(made, Pictures("real", seed=1), metrics=metrics)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert made.num_read == 0
+
+
+def test_too_few_images_are_told_of():
+    (row,) = measured(Pictures("made"), Pictures("real", seed=1), metrics=["fid"]).rows
+    assert not row.notes or "fid" in row.notes[0]
+    few = measured(Pictures("made", count=5), Pictures("real", seed=1), metrics=["fid"]).rows
+    assert any("5 images" in note for note in few[0].notes)
+
+
+def test_training_images_are_not_held_out_ones():
+    train = Pictures("train", seed=1)
+    with pytest.raises(ConfigError, match="memorisation compares with images that were not trained on, and train"):
+        measured(Pictures("made"), train, train=train, metrics=["memorisation"])
+
+
+def test_embeddings_of_another_encoder_are_not_compared():
+    class Longer(Pictures):
+        def read(self, indices):
+            seen = super().read(indices)
+            return Seen(seen.pixels, seen.names, conditions=torch.ones(len(indices), 4))
+
+    with pytest.raises(ConfigError, match="embeddings of 4 numbers, and ImageEncoder gives 6"):
+        measured(Longer("made", brings=["conditions"]), metrics=["cosine"])
+
+
+def test_statistics_of_another_extractor_are_refused(tmp_path):
+    encoder, real = tiny(), Pictures("real", seed=1)
+    path = tmp_path / "real.safetensors"
+    save_statistics(path, reference_of(real, None, encoder), images=real, part=None, encoder=encoder)
+    made = Pictures("made")
+    known, images = (measured(made, against, extractor=encoder).rows[0] for against in (path, real))
+    assert known.value == images.value
+    assert known.against["what"] == "statistics"
+    before = made.num_read
+    with pytest.raises((ConfigError, DataError), match=r"real\.safetensors"):
+        measured(made, path, extractor=tiny(seed=1))
+    assert made.num_read == before
