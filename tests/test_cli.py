@@ -234,6 +234,15 @@ def test_each_kind_of_end_has_its_code(error, code, message, command, monkeypatc
     assert (outcome.code, outcome.err) == (code, message)
 
 
+def test_a_stopped_evaluation_says_that_it_goes_on_where_it_was(command, monkeypatch, tmp_path):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eclosion.evaluation.evaluating.evaluate", stopped)
+    outcome = command("evaluate", tmp_path)
+    assert (outcome.code, outcome.err) == (130, "stopped. The same command goes on where it was.\n")
+
+
 def test_a_remark_about_a_config_is_a_note(command, monkeypatch, tmp_path):
     def remarks(*_, **__):
         with warnings.catch_warnings():

@@ -258,6 +258,12 @@ NAMED = {
     "tracker.save[0].save_latest": (True, SAVE),
     "tracker.save[0].save_best": (True, SAVE),
 }
+# What torchmetrics' constructors take that a JSON file cannot hold: null alone.
+NULLS = {
+    f"evaluate.{metric}.{key}"
+    for metric in ("FID", "IS", "KID", "LPIPS")
+    for key in ("process_group", "dist_sync_fn", "distributed_available_fn")
+}
 # Keys that decide whether a config is refused.
 DECISIVE = {
     UNET + "init_dim": (8, {}),
@@ -320,11 +326,11 @@ def keys_of(cls, prefix=""):
 
 
 def test_no_key_is_forgotten_here_and_none_is_read_that_stands_nowhere():
-    listed = {*OBEYED, *NAMED, *DECISIVE, *GROUPS}
+    listed = {*OBEYED, *NAMED, *DECISIVE, *GROUPS, *NULLS}
     assert set(keys_of(dalle2_schema.DecoderFile)) == listed
 
 
-@pytest.mark.parametrize("key", sorted({*OBEYED, *NAMED, *DECISIVE, *GROUPS}))
+@pytest.mark.parametrize("key", sorted({*OBEYED, *NAMED, *DECISIVE, *GROUPS, *NULLS}))
 def test_a_value_of_another_type_is_told_with_its_path(key):
     right, _ = (OBEYED | NAMED | DECISIVE).get(key, ({}, {}))
     wrong = 5 if isinstance(right, dict) else {"other": 5}
@@ -336,6 +342,9 @@ def test_keys_that_are_given_with_null_are_as_if_they_were_not_given():
     nullable = ["decoder.clip", "data.text_embeddings_url", "train.epoch_samples", "train.unet_training_mask"]
     sections = ["evaluate", "tracker"]
     assert outcome(changed(BASE, dict.fromkeys([*nullable, *sections]))) == outcome(BASE)
+    metrics = {f"evaluate.{metric}": {} for metric in ("FID", "IS", "KID", "LPIPS")}
+    nulls = dict.fromkeys([*sorted(NULLS), "evaluate.KID.gamma"])
+    assert outcome(changed(BASE, metrics | nulls)) == outcome(changed(BASE, metrics))
 
 
 # --- what they become ------------------------------------------------------------------------------------------------
@@ -867,6 +876,14 @@ REFUSED = [
         "evaluate.LPIPS compares images with those that they are made from, and decoder.unconditional is true",
     ),
     (
+        {"evaluate.LPIPS": {"reduction": "none"}},
+        "evaluate.LPIPS.reduction is 'none', which gives a number for each image, and a score is one number. Use mean",
+    ),
+    (
+        {"evaluate.LPIPS": {"reduction": None}},
+        "evaluate.LPIPS.reduction is null, which gives a number for each image, and a score is one number. Use mean",
+    ),
+    (
         {"evaluate.LPIPS": {"net_type": "vg"}},
         "evaluate.LPIPS.net_type is 'vg', and must be one of: alex, vgg, squeeze.",
     ),
@@ -1112,4 +1129,32 @@ def test_what_metrics_do_otherwise_than_in_the_original_is_told():
     assert not [note for note in notes() if "evaluate" in note]
     alone = notes({"evaluate.IS": {"feature": 64}, "data.splits": {"train": 1, "val": 0, "test": 0}})
     assert any(note.startswith("evaluate.IS.feature 64 takes features for what a classifier says") for note in alone)
-    assert "data.splits.val is 0, so that images are compared with those of training." in alone
+
+
+@pytest.mark.parametrize("metric", ["FID", "KID", "LPIPS"])
+def test_without_a_val_part_metrics_look_at_the_train_part_and_that_is_told_once(metric):
+    changes = {f"evaluate.{metric}": {}, "data.splits": {"train": 1, "val": 0, "test": 0}}
+    assert tree(changes)["evaluate"]["split"] == "train"  # so that the run has nothing to say of it either
+    assert len([note for note in notes(changes) if "train part" in note]) == 1
+    assert not [note for note in notes(changes) if "val part" in note]
+
+
+def test_where_weights_are_looked_for_is_told_with_the_names_of_their_files():
+    inception = pytest.importorskip("eclosion.models.inception")
+    lpips = pytest.importorskip("eclosion.models.lpips")
+    path = {"feature_extractor_weights_path": "inception.pth"}
+    (both,) = [note for note in notes({"evaluate.FID": {}, "evaluate.IS": {}}) if "hub cache" in note]
+    assert inception.WEIGHTS.name in both
+    assert "give the path of Inception's as evaluate.FID.feature_extractor_weights_path" in both
+    for net_type, backbone in lpips.BACKBONES.items():
+        changes = {"evaluate.FID": path, "evaluate.LPIPS": {"net_type": net_type}}
+        (note,) = [note for note in notes(changes) if "hub cache" in note]
+        assert note.startswith("evaluate.LPIPS is computed with weights from torch's hub cache")
+        assert note.endswith(f"{backbone.weights.name}. Without a network put them there, or set the metric to null.")
+    assert not [note for note in notes({"evaluate.KID": path}) if "hub cache" in note]
+
+
+def test_clip_that_encodes_text_beside_given_image_embeddings_is_not_said_to_have_no_effect():
+    said = [note for note in notes({"decoder.clip": {}, UNET + "cond_on_text_encodings": True}) if "clip" in note]
+    assert len(said) == 1
+    assert said[0].endswith("where they hold none, decoder.clip makes them of the captions (.txt).")

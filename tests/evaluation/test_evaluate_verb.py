@@ -16,7 +16,8 @@ from torch import nn
 
 from eclosion import evaluate, export, sample, shard, train
 from eclosion.config.load import load
-from eclosion.errors import ConfigError, DataError, UserError
+from eclosion.errors import ConfigError, DataError, EnvironmentProblem, UserError
+from eclosion.evaluation import evaluating
 from eclosion.evaluation.images import Seen
 from eclosion.evaluation.opening import Asked, Opener
 from eclosion.evaluation.pipelines import FollowedData, PipelineImages, images_of_pipeline
@@ -79,6 +80,7 @@ FEW = {"num_images": 10, "num_inference_steps": 2, "extractor": "fake"}
 
 
 def test_scores_of_a_run_are_kept_with_it(run):
+    before = (run / "metrics.jsonl").read_text()
     found = evaluate(run, **FEW)
     results = json.loads((run / "results.json").read_text())["results"]
     assert [row["score"] for row in results] == ["kid"]
@@ -88,8 +90,8 @@ def test_scores_of_a_run_are_kept_with_it(run):
     assert row["against"]["split"] == "train"
     assert row["n_reference"] == 40
     assert row["value"] == found.results[0].value
-    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last == {"step": 12, "samples_seen": 96, "evaluate/kid/fake": row["value"]}
+    assert (run / "metrics.jsonl").read_text() == before  # the run scores itself with other options
+    assert any(note.startswith("results.json alone has") for note in found.notes)
     assert any("no part to validate with" in note for note in found.notes)
     assert picture(run / "evaluations" / "step-00000012" / "grid.png").width > 16
 
@@ -106,6 +108,13 @@ def test_a_run_scores_as_it_scored_itself_with_the_options_of_its_config(make_co
     assert (row.score, row.extractor.name, row.n, row.seed, row.made["seed"]) == ("fid", "fake", 6, 5, 5)
     assert row.made["sampler"]["name"] == "euler"
     assert (4, 6) in told
+    own = {"step": 1, "samples_seen": 8, "evaluate/fid/fake": row.value}
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines[len(logged) :]] == [own]
+    others = [{"against": SOURCE}, {"num_images": 5}, {"seed": 6}, {"num_inference_steps": 3}, {"metrics": "kid"}]
+    for options in others:
+        evaluate(run, **options)
+    assert (run / "metrics.jsonl").read_text().splitlines() == lines
     assert evaluate(run, metrics="kid", seed=0).results[0].made["seed"] == 0
     with pytest.raises(ConfigError, match="makes images of 16x16 pixels"):
         evaluate(run, image_size=32)
@@ -155,6 +164,36 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(run, tmp_path):
     assert not list((run / "evaluations").rglob("*.safetensors"))
     grids = [picture(path / "grid.png").tobytes() for path in (tmp_path / "whole", again.folder)]
     assert grids[0] == grids[1]
+
+
+def test_where_results_cannot_go_is_told_before_an_image_is_made(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "results.json").write_text("[]")
+    wrong = {
+        "file": r"out: \S+/file cannot be made a folder \(File exists\)",
+        "file/in": r"out: \S+/file/in cannot be made a folder \(Not a directory\)",
+        "foreign": r"results\.json is no file of results",
+    }
+    for out, message in wrong.items():
+        with pytest.raises(UserError, match=message) as error:
+            evaluate(run, against=SOURCE, out=tmp_path / out, on_step=no_data, on_phase=no_data, **FEW)
+        assert "\n" not in str(error.value)
+
+
+def test_batches_are_kept_until_the_scores_are_written(folder, tmp_path, monkeypatch):
+    def full(path, rows):
+        raise EnvironmentProblem("no space")
+
+    options = {"against": SOURCE, "extractor": "fake", "out": tmp_path / "o", "batch_size": 4}
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluating, "append_results", full)
+        with pytest.raises(EnvironmentProblem, match="no space"):
+            evaluate(folder, **options)
+    told = []
+    evaluate(folder, on_image=lambda *done: told.append(done), **options)
+    assert told[0] == (10, 10)
+    assert not (tmp_path / "o" / ".kept").exists()
 
 
 def test_the_command_tells_scores_and_writes_them_where_it_is_told(command, folder, tmp_path):

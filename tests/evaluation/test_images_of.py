@@ -107,6 +107,17 @@ def test_originals_of_a_folder_are_the_files_of_the_same_name_in_another(folder,
         PairedImages(FolderImages(made), FolderImages(folder))
 
 
+def test_an_original_may_have_another_suffix_if_it_is_the_only_one_of_its_name(folder, tmp_path):
+    made = tmp_path / "made"
+    made.mkdir()
+    Image.new("RGB", (6, 5)).save(made / "000002.jpg")
+    images = PairedImages(FolderImages(made), FolderImages(folder))
+    assert torch.equal(images.read([0]).originals, FolderImages(folder).read([2]).pixels)
+    Image.new("RGB", (6, 5)).save(folder / "000002.bmp")
+    with pytest.raises(DataError, match=r"000002\.jpg: has no original"):
+        PairedImages(FolderImages(made), FolderImages(folder))
+
+
 def test_a_folder_that_is_not_there_or_empty_is_named_by_its_own_name(tmp_path):
     with pytest.raises(DataError, match=r"^the folder .*nowhere does not exist"):
         FolderImages(tmp_path / "nowhere")

@@ -3,17 +3,21 @@
 import json
 import sys
 import threading
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from eclosion.config.load import load
 from eclosion.errors import ConfigError, DataError
 from eclosion.evaluation import looking, measuring
 from eclosion.evaluation.images import ALONE, Seen
+from eclosion.evaluation.looking import extractor_of
+from eclosion.evaluation.made import DataExamples
 from eclosion.evaluation.measuring import measure
+from eclosion.evaluation.plan import Part, check_needs
 from eclosion.evaluation.reference import kept_images, reference_of, save_statistics
 from eclosion.metrics.metric import Evidence, Moments, Reference
 from eclosion.models.image_encoder import ImageEncoder, Preprocess
@@ -157,7 +161,7 @@ def test_what_an_image_was_made_from_comes_to_the_metrics_that_ask_for_it(fakes)
     encoder = tiny()
     made = Pictures("made", brings=["originals", "conditions", "captions"])
     clip = {"name": "clip_score", "extractor": "fake"}
-    metrics = ["cosine", clip, clip | {"against": "original"}, "lpips"]
+    metrics = ["cosine", clip, "lpips"]
     found = {row.key: row for row in measured(made, metrics=metrics, extractor=encoder).rows}
     seen, features = made.read(range(COUNT)), made.features(encoder)
 
@@ -182,6 +186,57 @@ def test_embeddings_that_images_follow_are_those_of_the_encoder_that_made_them(f
     assert measured(made, metrics=["cosine"], extractor=other).rows[0].extractor.name == "fake"
 
 
+class Followed:
+    """Samples of butterflies, with or without embeddings of six numbers."""
+
+    def __init__(self, shapes):
+        self._samples, self.array_shapes = build("sources", {"name": "butterflies", "size": 3}).open(), shapes
+
+    def __len__(self):
+        return len(self._samples)
+
+    def __getattr__(self, name):
+        return getattr(self._samples, name)
+
+
+def following(shapes, encoder="its encoder"):
+    task = SimpleNamespace(
+        wants=("image_embed",), options=SimpleNamespace(encoder=encoder), made={} if shapes else {"image_embed": (4,)}
+    )
+    config = load({"output": "x", "data": {"source": "butterflies", "image_size": 16}}).run.data
+    return DataExamples(Followed(shapes), config, task, seed=0, device=CPU)
+
+
+def test_embeddings_that_came_with_the_data_are_of_no_encoder_of_the_task():
+    brought, encoded = following({"image_embed": (DIM,)}), following({})
+    assert (brought.encoder, brought.embedding_dim) == (None, DIM)
+    assert (encoded.encoder, encoded.embedding_dim) == ("its encoder", 4)
+
+
+def test_the_extractor_of_a_metric_counts_before_all_others_and_without_it_that_which_made_the_embeddings():
+    own, named = build("metrics", {"name": "cosine", "extractor": "inception"}), build("metrics", "cosine")
+    assert type(extractor_of(own, "theirs", "maker")).__name__ == "InceptionEncoder"
+    assert [extractor_of(named, "theirs", maker) for maker in ("maker", None)] == ["maker", "theirs"]
+    assert extractor_of(build("metrics", "kid"), "theirs", "maker") == "theirs"
+
+
+def run_with(metrics):
+    section = {"metrics": metrics, "extractor": "fake", "num_samples": 3}
+    return load({"output": "x", "data": {"source": "butterflies", "image_size": 16}, "evaluate": section}).run
+
+
+def test_a_run_refuses_before_its_first_step_what_would_share_a_key_or_be_compared_with_another_encoder(fakes):
+    part = Part("val", Followed({"image_embed": (4,)}))
+    follows = SimpleNamespace(wants=("image_embed",), options=SimpleNamespace(encoder=None), made={})
+    with pytest.raises(ConfigError, match="embeddings of 4 numbers, and fake gives 6"):
+        check_needs(run_with(["cosine"]), part, follows)
+    follows_nothing = SimpleNamespace(wants=())
+    with pytest.raises(ConfigError, match=r"evaluate.metrics: kid,degree=3 and kid,degree=2 would both be") as error:
+        check_needs(run_with(["kid", {"name": "kid", "degree": 2}]), part, follows_nothing)
+    assert "\n" not in str(error.value)
+    check_needs(run_with(["kid", "fid"]), part, follows_nothing)
+
+
 def test_the_first_images_and_their_originals_are_shown():
     made = Pictures("made", brings=["originals", "conditions"])
     found = measured(made, metrics=["cosine"])
@@ -199,7 +254,37 @@ def test_copies_of_training_images_are_found_by_their_numbers():
     found = measured(Pictures("made", pixels=pixels), held_out, train=train, metrics=["memorisation"])
     assert {(pair.image, pair.train) for pair in found.pairs[:2]} == {(7, 33), (11, 2)}
     assert all(pair.too_near for pair in found.pairs[:2])
-    assert measured(Pictures("made"), held_out).pairs is None
+    assert {row.train["name"] for row in found.rows} == {"train"}
+    other = measured(Pictures("made"), held_out, train=train)
+    assert (other.pairs, other.rows[0].train) == (None, None)
+
+
+def with_copies(copies, *, of=60):
+    """Training images, and held-out ones of which the first so many are among them."""
+    train, held_out = Pictures("train", seed=2, count=60), Pictures("held out", seed=1, count=of).pixels.numpy()
+    return train, Pictures("held out", pixels=np.concatenate([train.pixels[:copies], held_out[copies:]]))
+
+
+def test_held_out_images_that_were_trained_on_are_told_of():
+    train, held_out = with_copies(3, of=120)
+    made = Pictures("made", pixels=train.pixels[30:50].numpy())
+    rows = measured(made, held_out, train=train, metrics=["memorisation"]).rows
+    assert {row.score: row.value for row in rows} == {"memorised": 1, "nearer_than_held_out": 1}
+    assert all(any("among the 120 held-out ones: 3." in note for note in row.notes) for row in rows)
+    assert (rows[0].n_reference, rows[0].floor.n + rows[0].floor.n_reference) == (120, 117)
+    assert rows[0].floor.value < 1
+
+
+def test_a_metric_that_has_no_score_for_these_images_is_refused_or_left_out_with_a_note():
+    train, held_out = with_copies(40)
+    asked = {"train": train, "metrics": ["memorisation", "kid"]}
+    message = "memorisation: 40 of 60 held-out images are themselves among those trained on"
+    with pytest.raises(DataError, match=message):
+        measured(Pictures("made"), held_out, **asked)
+    found = measured(Pictures("made"), held_out, skip_unscorable=True, **asked)
+    assert [row.score for row in found.rows] == ["kid"]
+    assert [note[: len(message)] for note in found.notes] == [message]
+    assert found.pairs is None
 
 
 def test_training_images_that_are_not_looked_at_are_told_of(monkeypatch):
@@ -276,6 +361,8 @@ def test_an_evaluation_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
     assert np.array_equal(found.grid, whole.grid)
     # all that was missing, and of what was not, the three batches whose images are shown
     assert again.num_read == COUNT
+    assert list(keep.rglob("*.safetensors"))  # until whoever asked has the scores on disk
+    found.forget()
     assert not keep.exists()
 
 
@@ -307,6 +394,8 @@ def test_metrics_that_lack_something_are_refused_before_an_image_is_made():
         ([], "metrics is empty"),
         ([{"name": "inception_score"}], "needs an extractor that names classes, and ImageEncoder does not"),
         ([{"name": "kid", "subsets": 2}], "subset_size"),
+        (["kid", {"name": "kid", "degree": 2}], "kid,degree=3 and kid,degree=2 would both be evaluate/kid/Image"),
+        (["fid", "fid"], "fid and fid would both be evaluate/fid/ImageEncoder. Keep one of them"),
     ],
 )
 def test_metrics_that_cannot_be_computed_are_refused(metrics, message):
@@ -333,12 +422,29 @@ def test_training_images_are_not_held_out_ones():
 
 def test_embeddings_of_another_encoder_are_not_compared():
     class Longer(Pictures):
+        embedding_dim = None
+
         def read(self, indices):
             seen = super().read(indices)
             return Seen(seen.pixels, seen.names, conditions=torch.ones(len(indices), 4))
 
+    made = Longer("made", brings=["conditions"])
     with pytest.raises(ConfigError, match="embeddings of 4 numbers, and ImageEncoder gives 6"):
-        measured(Longer("made", brings=["conditions"]), metrics=["cosine"])
+        measured(made, metrics=["cosine"])
+    made.embedding_dim, made.num_read = 4, 0
+    with pytest.raises(ConfigError, match="cosine: images are made from embeddings of 4 numbers, and ImageEncoder"):
+        measured(made, metrics=["cosine"])
+    assert made.num_read == 0
+
+
+def test_real_images_of_another_size_are_told_of_though_they_are_a_file(tmp_path):
+    encoder, real = tiny(), Pictures("real", seed=1)
+    real.facts = {"size": [16, 12]}
+    path = tmp_path / "real.safetensors"
+    save_statistics(path, reference_of(real, None, encoder), images=real, part=None, encoder=encoder)
+    for against in (path, real):
+        (note,) = measured(Pictures("made"), against, extractor=encoder).notes
+        assert "8x8 pixels (height x width), and those that they are compared with 16x12" in note
 
 
 def test_statistics_of_another_extractor_are_refused(tmp_path):

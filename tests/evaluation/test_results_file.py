@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from eclosion.errors import EnvironmentProblem
-from eclosion.evaluation.results import Extractor, Result, append_results, read_results
+from eclosion.evaluation.results import Extractor, Result, append_results, check_results, read_results
 
 ROW = Result(
     score="kid",
@@ -60,6 +60,10 @@ def test_the_same_score_of_newer_weights_takes_the_place_of_the_old(tmp_path):
         {"made": {**ROW.made, "step": 11}},
         {"made": {**ROW.made, "sampler": {"name": "euler"}}},
         {"against": {**ROW.against, "split": "test"}},
+        {"against": {**ROW.against, "fingerprint": "other"}},
+        {"against": {**ROW.against, "file": "real.safetensors"}},
+        {"n_reference": 21},
+        {"train": {"what": "data", "name": "the train data", "fingerprint": "t"}},
     ],
 )
 def test_another_score_stands_beside_the_old(tmp_path, other):
@@ -86,6 +90,8 @@ def test_a_file_of_something_else_is_left_alone_and_named(tmp_path, text):
     with pytest.raises(EnvironmentProblem, match=r"results\.json is no file of results") as error:
         append_results(path, [ROW])
     assert "\n" not in str(error.value)
+    with pytest.raises(EnvironmentProblem, match=r"results\.json is no file of results"):
+        check_results(path)
     assert path.read_text() == text
 
 

@@ -6,7 +6,7 @@ import torch
 
 from eclosion.errors import ConfigError
 from eclosion.metrics.floor import floor
-from eclosion.metrics.metric import Evidence, Moments, Reference
+from eclosion.metrics.metric import Evidence, Moments, Reference, Unscorable
 from eclosion.registry import METRICS, build
 from eclosion.rng import generator
 
@@ -33,6 +33,30 @@ def test_memorisation_has_a_floor_where_there_are_training_images():
     scores = floor(metric, held_out, 100, train=reference(60, 2)).scores
     assert scores["memorised"].value < 0.05
     assert abs(scores["nearer_than_held_out"].value - 0.5) < 4 * scores["nearer_than_held_out"].error
+
+
+def test_held_out_images_that_are_copies_are_no_floor_of_memorisation():
+    metric, held_out, train = build("metrics", "memorisation"), reference(40, 1), reference(60, 2)
+    features = torch.cat([train.features[:40], held_out.features])
+    mixed = Reference(Moments.of(features), features)
+    assert floor(metric, mixed, 15, train=train) == floor(metric, held_out, 15, train=train)
+    assert floor(metric, train, 15, train=train) is None
+
+
+class NeverScorable:
+    """A metric that has no score for any images."""
+
+    needs, better = ("reference",), {}
+
+    def problems(self, *, made, reference, dim):
+        return iter(())
+
+    def scores(self, evidence):
+        raise Unscorable("no score")
+
+
+def test_of_images_that_have_no_score_there_is_no_floor():
+    assert floor(NeverScorable(), reference(40, 1), 15) is None
 
 
 def test_what_compares_image_by_image_or_has_too_few_images_has_no_floor():

@@ -87,6 +87,20 @@ def test_it_is_unbiased_and_its_error_is_how_far_it_spreads(shift, counts):
     assert held > 0.9 * len(drawn)
 
 
+@pytest.mark.parametrize("subsets", [1, 4])
+def test_the_error_of_the_mean_over_subsets_is_how_far_it_spreads(subsets):
+    """Images and subsets are drawn anew each time."""
+    drawn = []
+    for s in range(200):
+        made, real = features(50, 2 * s, shift=0.4), features(70, 2 * s + 1)
+        evidence = Evidence(made, Reference(Moments.of(real), real), seed=s)
+        drawn.append(KernelDistance(subsets=subsets, subset_size=20).scores(evidence)["kid"])
+    spread = torch.tensor([one.value for one in drawn]).std()
+    told = torch.tensor([one.error for one in drawn]).square().mean().sqrt()
+    assert 0.85 < told / spread < 1.2
+    assert all(one.interval[0] < one.value < one.interval[1] for one in drawn)
+
+
 def test_too_few_images_for_a_subset_are_refused_with_the_cure():
     with pytest.raises(ConfigError) as error:
         list(KernelDistance(subsets=10).problems(made=1000, reference=300, dim=8))

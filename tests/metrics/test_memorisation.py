@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from eclosion.errors import DataError
 from eclosion.metrics.memorisation import Memorisation, Pair
-from eclosion.metrics.metric import Evidence, Moments, Reference
+from eclosion.metrics.metric import Evidence, Moments, Reference, Unscorable
 
 
 def features(count, seed, *, dim=3):
@@ -48,9 +47,10 @@ def test_copies_are_found_and_named():
 
 
 def test_equal_distances_count_half():
-    train = features(60, 3)
-    held_out = torch.cat([train[:40], features(60, 2)])
-    assert values(train[:20], held_out, train)["nearer_than_held_out"] == pytest.approx(0.6 + 0.4 / 2)
+    train, step = 64 * torch.eye(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    held_out = torch.cat([(train[1] + step[1]).expand(40, 3), (train[2] + 2 * step[2]).expand(60, 3)])
+    found = values((train[0] + step[0]).expand(20, 3), held_out, train)
+    assert found["nearer_than_held_out"] == pytest.approx(0.6 + 0.4 / 2)
 
 
 def test_its_errors_are_how_far_the_scores_spread():
@@ -74,9 +74,40 @@ def test_none_memorised_still_has_an_upper_limit():
     assert 0.05 < score.interval[1] < 0.1
 
 
+@pytest.mark.parametrize("rounding", [0, 1e-6], ids=["exact", "rounded"])
+def test_a_few_held_out_images_that_are_copies_take_no_part(rounding):
+    """With them, the nearest held-out image would be at distance 0, and only an exact copy as near."""
+    train, held_out = features(60, 3), features(199, 2)
+    made = torch.cat([features(20, 1), train[30:50] * (1 + 2 * rounding)])
+    mixed = torch.cat([held_out[:100], train[:3] * (1 + rounding), held_out[100:]])
+    assert values(made, mixed, train) == values(made, held_out, train)
+    assert values(made, mixed, train)["memorised"] == 0.5
+    known, wanted = (Memorisation().pairs(evidence(made, one, train), limit=40) for one in (mixed, held_out))
+    assert known == wanted
+    for score in Memorisation().scores(evidence(made, mixed, train)).values():
+        assert score.notes == (
+            "memorisation: copies of training images among the 202 held-out ones: 3. They are left out, and the other "
+            "199 say how near is too near. Take them out of one of the parts.",
+        )
+    assert not any(score.notes for score in Memorisation().scores(evidence(made, held_out, train)).values())
+
+
+def test_it_says_when_without_copies_too_few_are_held_out_for_its_quantile():
+    train = features(60, 3)
+    held_out = torch.cat([features(90, 2), train[:10]])
+    notes = Memorisation().scores(evidence(features(20, 1), held_out, train))["memorised"].notes
+    assert [note[:41] for note in notes[1:]] == ["memorisation: 90 held-out images have no "]
+
+
 def test_held_out_images_that_were_trained_on_are_refused():
     train = features(60, 3)
-    with pytest.raises(DataError, match="memorisation: 50 of 50 held-out images are themselves among those trained on"):
+    half = torch.cat([train[:25], features(25, 2)])
+    assert values(features(20, 1), half, train)["nearer_than_held_out"] < 1
+    with pytest.raises(Unscorable, match="memorisation: 26 of 50 held-out images are themselves among those trained"):
+        values(features(20, 1), torch.cat([train[25:26], half[:-1]]), train)
+    with pytest.raises(Unscorable, match="memorisation: 1 of 2 held-out images"):
+        values(features(20, 1), half[24:26], train)
+    with pytest.raises(Unscorable, match="memorisation: 50 of 50 held-out images are themselves"):
         values(features(20, 1), train[:50], train)
 
 

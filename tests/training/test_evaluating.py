@@ -8,14 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from eclosion import ConfigError, train
+from eclosion.config.load import load
 from eclosion.data.loader import Loader
 from eclosion.errors import Interrupted
+from eclosion.evaluation import plan
 from eclosion.evaluation.made import images_of_run
 from eclosion.evaluation.results import Result
 from eclosion.registry import build
@@ -212,6 +215,26 @@ def test_two_processes_find_the_numbers_of_one(parallel, make_config, tmp_path):
         assert numbers(tmp_path / "one", name) == numbers(tmp_path / "two", name) != {}
 
 
+@pytest.mark.slow
+def test_the_command_shares_its_work_among_the_processes_of_torchrun_and_tells_the_numbers_of_one(whole, tmp_path):
+    asked = ["--metrics", "kid,fid", "--num-images", "7", "--steps", "2", "--sampler", "ddim"]
+    asked += ["--batch-size", "2", "--json", "--extractor", "efficientnet_lite0,image_size=32", "--device", "cpu"]
+    found = {}
+    for processes in (1, 2):
+        run = tmp_path / str(processes)
+        shutil.copytree(whole, run)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command += ["-m", "eclosion", "evaluate", str(run), *asked]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert ended.returncode == 0, ended.stderr
+        told = json.loads(ended.stdout)  # once
+        found[processes] = [(row["score"], row["value"], row["interval"]) for row in told["results"]]
+        assert len(rows_of(run)) == len(rows_of(whole)) + 2
+        assert not list((run / "evaluations").rglob("*.safetensors"))
+    assert found[1] == found[2]
+    assert [score for score, *_ in found[1]] == ["kid", "fid"]
+
+
 def scripted(monkeypatch, values):
     """An evaluation finds what is written here, by step, with an error of 0.1."""
     key = {"name": "kid", "value": 0.0}
@@ -266,6 +289,26 @@ def test_without_validation_images_those_of_training_are_compared_with_and_that_
     assert any("compared with those of training" in event for event in told(run))
 
 
+def test_what_has_no_score_for_the_validation_images_is_left_out_with_a_note(make_config, tmp_path):
+    """They are the first images of training, which nothing knows before they are looked at."""
+    config = with_evaluation(make_config, tmp_path / "run", evaluate={"metrics": ["memorisation", "kid"]})
+    config["train"]["duration"] = "1 steps"
+    config["validate"]["source"] = {"name": "butterflies", "size": 18, "resolution": 20}
+    run = train(config)
+    assert [row["score"] for row in rows_of(run)] == ["kid"]
+    note = "memorisation: 18 of 18 held-out images are themselves among those trained on"
+    assert any(note in event for event in told(run))
+
+
+def test_fewer_images_than_asked_for_are_made_where_there_is_no_more_to_make_them_from_and_that_is_said(make_config):
+    """Of a task that follows something; one that follows nothing makes as many as are asked for."""
+    run = load(with_evaluation(make_config, "run", evaluate={"num_samples": 500})).run
+    part = plan.Part("val", build("sources", OTHERS).open())
+    found = [plan.check_needs(run, part, SimpleNamespace(wants=wants)) for wants in ((), ("image_embed",))]
+    told = "evaluate.num_samples is 500, and the val data has 18 samples to make images from: 18 are made."
+    assert [told in notes for notes in found] == [False, True]
+
+
 REFUSED = [
     ({"evaluate": {"metrics": []}}, r"evaluate.every is set, and evaluate.metrics is empty"),
     ({"evaluate": {"split": "test"}}, r"evaluate.split is 'test', and the data has no such part"),
@@ -276,9 +319,19 @@ REFUSED = [
         {"evaluate": {"metrics": ["memorisation"], "split": "train"}},
         r"memorisation compares with images that were not trained on, and there are none",
     ),
+    (
+        {"evaluate": {"metrics": ["memorisation"]}, "data": {"source": OTHERS}},
+        r"memorisation compares with images that were not trained on, and there are none",
+    ),
     ({"evaluate": {"guidance_scale": [1, 2]}}, r"evaluate: guidance_scale has 2 numbers"),
-    ({"checkpoint": {"best": "fid"}}, r"checkpoint.best is 'fid', .* a score of evaluate.metrics. .*kid, validation"),
+    ({"checkpoint": {"best": "fid"}}, r"checkpoint.best is 'fid', .* a score of evaluate.metrics. .*kid, kid/eff"),
     ({"checkpoint": {"best": "kid"}, "evaluate": {"every": None}}, r"'kid', and evaluate.every is none"),
+    ({"checkpoint": {"best": "kid/inception"}}, r"'kid/inception', .* Options: kid, kid/efficientnet_lite0, val"),
+    ({"checkpoint": {"best": "kid/efficientnet"}}, r"Did you mean 'kid/efficientnet_lite0'"),
+    (
+        {"checkpoint": {"best": "kid_std"}, "evaluate": {"metrics": [{"name": "kid", "subsets": 2, "subset_size": 5}]}},
+        r"'kid_std', which says how far a score spreads, not how good it is. Use kid\.",
+    ),
 ]
 
 

@@ -42,6 +42,10 @@ Lenient = Annotated[
     bool, typer.Option("--lenient", help="Leave out keys that are unknown, with a note, instead of refusing them.")
 ]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+# What the command line's library ends with after Ctrl-C.
+INTERRUPTED = 130
+# Commands that keep what is finished when they are stopped; `train` says so itself.
+GO_ON = ("embed", "evaluate", "shard", "stats")
 
 
 def main() -> None:
@@ -58,8 +62,12 @@ def main() -> None:
     except UserError as error:
         _tell(error, debug)
         sys.exit(error.exit_code)
+    except SystemExit as end:
+        if end.code == INTERRUPTED and arguments and arguments[0] in GO_ON:
+            _to_stderr("stopped. The same command goes on where it was.")
+        raise
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:  # noqa: BLE001  (told, with the traceback on demand)
         _tell_bug(error, debug)
         sys.exit(1)
@@ -522,8 +530,11 @@ def evaluate(
     from eclosion.cli.terminal import phases_bar, print_evaluation
     from eclosion.evaluation.evaluating import evaluate
     from eclosion.inspection.named_source import shards_or_text
+    from eclosion.training.evaluating import evaluation_workers
 
-    with _pipes(allow_pipe), phases_bar() as (on_phase, on_image):
+    leads = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun
+    bar = phases_bar() if leads else nullcontext((None, None))
+    with _pipes(allow_pipe), evaluation_workers(device) as (workers, own_device), bar as (on_phase, on_image):
         found = evaluate(
             shards_or_text(what),
             against=shards_or_text(against),
@@ -540,11 +551,13 @@ def evaluate(
             image_size=image_size,
             batch_size=batch_size,
             out=out,
-            device=device,
+            device=own_device,
+            workers=workers,
             on_image=on_image,
             on_phase=on_phase,
         )
-    _print(found, print_evaluation, json_wanted=as_json)
+    if leads:
+        _print(found, print_evaluation, json_wanted=as_json)
 
 
 @app.command()

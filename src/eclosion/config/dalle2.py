@@ -126,6 +126,7 @@ def _tree(file: DecoderFile, unets: list[dict[str, Any]], world_size: int) -> di
         "evaluate": evaluate_tree(
             file.evaluate,
             every=f"{epoch} samples" if epoch else "1 epoch",
+            split="val" if file.data.splits.val > 0 else "train",
             seed=file.seed,
             sampler=samplers[0] if one_sampler else None,
         ),

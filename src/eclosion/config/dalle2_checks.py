@@ -103,7 +103,7 @@ def _dropped(decoder: Decoder, kind: str) -> bool:
 
 def _wrong_evaluation(file: DecoderFile) -> Iterator[str]:
     evaluate, count = file.evaluate, file.evaluate.n_evaluation_samples
-    kid, score = evaluate.KID, evaluate.IS
+    kid, score, lpips = evaluate.KID, evaluate.IS, evaluate.LPIPS
     if evaluate.metrics and count < 2:
         yield "evaluate.n_evaluation_samples is 1, and a metric needs at least two images."
     if kid and kid.subset_size > count:
@@ -116,7 +116,12 @@ def _wrong_evaluation(file: DecoderFile) -> Iterator[str]:
             f"evaluate.IS.splits is {score.splits}, and evaluate.n_evaluation_samples is {count}: each split needs at "
             "least two images."
         )
-    if evaluate.LPIPS and file.decoder.unconditional:
+    if lpips and lpips.reduction not in ("mean", "sum"):
+        yield (
+            f"evaluate.LPIPS.reduction is {repr(lpips.reduction) if lpips.reduction else 'null'}, which gives a number "
+            "for each image, and a score is one number. Use mean or sum."
+        )
+    if lpips and file.decoder.unconditional:
         yield (
             "evaluate.LPIPS compares images with those that they are made from, and decoder.unconditional is true, so "
             "that they are made from nothing. Remove one of them."

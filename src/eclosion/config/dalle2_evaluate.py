@@ -7,12 +7,15 @@ from eclosion.config.dalle2_schema import Evaluate
 __all__ = ["evaluate_tree"]
 
 
-def evaluate_tree(evaluate: Evaluate, *, every: str, seed: int, sampler: dict[str, Any] | None) -> dict[str, Any]:
+def evaluate_tree(
+    evaluate: Evaluate, *, every: str, split: str, seed: int, sampler: dict[str, Any] | None
+) -> dict[str, Any]:
     """When images are scored, and by what; empty if no metric is on.
 
     Args:
         evaluate: the section.
         every: an epoch.
+        split: the part of the data that is looked at.
         seed: of the run.
         sampler: of all networks; None if each has its own.
     """
@@ -23,7 +26,7 @@ def evaluate_tree(evaluate: Evaluate, *, every: str, seed: int, sampler: dict[st
         "num_samples": evaluate.n_evaluation_samples,
         "metrics": _metrics(evaluate),
         "extractor": "inception",
-        "split": "val",
+        "split": split,
         "seed": seed,
         **({"sampler": sampler} if sampler else {}),
     }

@@ -6,10 +6,18 @@ from typing import Any
 
 from eclosion.config.dalle2_data import arrival, clip_side
 from eclosion.config.dalle2_per_unet import encodes, follows, per_unet, schedules
-from eclosion.config.dalle2_schema import DecoderFile, TrackerSave
+from eclosion.config.dalle2_schema import DecoderFile, Evaluate, TrackerSave
 from eclosion.config.dalle2_unused import unused
 
 __all__ = ["notes_of"]
+
+# Files of weights by the names that they are published and looked for under.
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+BACKBONES = {
+    "alex": "alexnet-owt-7be5be79.pth",
+    "vgg": "vgg16-397923af.pth",
+    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+}
 
 
 def notes_of(file: DecoderFile, written: Mapping[str, Any], *, world_size: int) -> list[str]:
@@ -155,12 +163,14 @@ def _save(path: str, save: TrackerSave) -> Iterator[str]:
 
 
 def _evaluation(file: DecoderFile) -> Iterator[str]:
-    evaluate = file.evaluate
+    evaluate, part = file.evaluate, "val" if file.data.splits.val > 0 else "train"
     if compared := [f"evaluate.{name}" for name in ("FID", "KID") if name in evaluate.metrics]:
         yield (
-            f"{' and '.join(compared)} {'compares' if len(compared) == 1 else 'compare'} with all images of the val "
+            f"{' and '.join(compared)} {'compares' if len(compared) == 1 else 'compare'} with all images of the {part} "
             "part, over all processes; the original with as many as were made, on each process by itself."
         )
+    if evaluate.LPIPS and part == "train" and not compared:
+        yield "evaluate.LPIPS compares with images of the train part: data.splits.val is 0."
     if evaluate.IS:
         yield "evaluate.IS is of the images that are made; in the original it was of the real ones."
     if evaluate.IS and evaluate.IS.feature != "logits_unbiased":
@@ -168,8 +178,27 @@ def _evaluation(file: DecoderFile) -> Iterator[str]:
             f"evaluate.IS.feature {evaluate.IS.feature} takes features for what a classifier says, as the original "
             "does, and that is no inception score. The default is logits_unbiased."
         )
-    if evaluate.metrics and file.data.splits.val == 0:
-        yield "data.splits.val is 0, so that images are compared with those of training."
+    yield from _weights(evaluate)
+
+
+def _weights(evaluate: Evaluate) -> Iterator[str]:
+    """Where weights of the networks come from that no path is given for, and which metrics can be given one."""
+    fetched = {
+        f"evaluate.{name}": INCEPTION
+        for name in ("FID", "IS", "KID")
+        if (options := getattr(evaluate, name)) and not getattr(options, "feature_extractor_weights_path", None)
+    }
+    if evaluate.LPIPS:
+        fetched["evaluate.LPIPS"] = BACKBONES[evaluate.LPIPS.net_type]
+    if fetched:
+        named = [f"{metric}.feature_extractor_weights_path" for metric in fetched if metric.endswith("ID")]
+        other = f", give the path of Inception's as {' and '.join(named)}" if named else ""
+        files = " and ".join(dict.fromkeys(fetched.values()))
+        yield (
+            f"{_listed(list(fetched))} computed with weights from torch's hub cache, ~/.cache/torch/hub/checkpoints "
+            f"unless TORCH_HOME says otherwise, and fetched if need be: {files}. "
+            f"Without a network put them there{other}, or set the metric to null."
+        )
 
 
 def _dead(file: DecoderFile, written: Mapping[str, Any]) -> Iterator[str]:

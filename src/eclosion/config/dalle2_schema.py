@@ -337,6 +337,12 @@ class Fid:
     sync_on_compute: bool = True
     # Accepted, has no effect because it says how torchmetrics keeps its sums.
     compute_with_cache: bool = True
+    # Only null, the default: a file cannot hold anything else that torchmetrics takes.
+    process_group: None = None
+    # Only null, the default: a file cannot hold a function.
+    dist_sync_fn: None = None
+    # Only null, the default: a file cannot hold a function.
+    distributed_available_fn: None = None
 
 
 @part
@@ -357,6 +363,12 @@ class InceptionScore:
     sync_on_compute: bool = True
     # Accepted, has no effect because it says how torchmetrics keeps its sums.
     compute_with_cache: bool = True
+    # Only null, the default: a file cannot hold anything else that torchmetrics takes.
+    process_group: None = None
+    # Only null, the default: a file cannot hold a function.
+    dist_sync_fn: None = None
+    # Only null, the default: a file cannot hold a function.
+    distributed_available_fn: None = None
 
 
 @part
@@ -389,6 +401,12 @@ class Kid:
     sync_on_compute: bool = True
     # Accepted, has no effect because it says how torchmetrics keeps its sums.
     compute_with_cache: bool = True
+    # Only null, the default: a file cannot hold anything else that torchmetrics takes.
+    process_group: None = None
+    # Only null, the default: a file cannot hold a function.
+    dist_sync_fn: None = None
+    # Only null, the default: a file cannot hold a function.
+    distributed_available_fn: None = None
 
 
 @part
@@ -397,8 +415,8 @@ class Lpips:
 
     # The network whose layers are compared.
     net_type: Literal["alex", "vgg", "squeeze"] = "alex"
-    # How the images are summed up.
-    reduction: Literal["mean", "sum"] = "mean"
+    # How the images are summed up. none and null, which are no sum, are refused: a score is one number.
+    reduction: Literal["mean", "sum", "none"] | None = "mean"
     # Accepted, has no effect because scores are computed from the pixels of a PNG.
     normalize: bool = False
     # Accepted, has no effect because it says how torchmetrics keeps its sums.
@@ -409,6 +427,12 @@ class Lpips:
     sync_on_compute: bool = True
     # Accepted, has no effect because it says how torchmetrics keeps its sums.
     compute_with_cache: bool = True
+    # Only null, the default: a file cannot hold anything else that torchmetrics takes.
+    process_group: None = None
+    # Only null, the default: a file cannot hold a function.
+    dist_sync_fn: None = None
+    # Only null, the default: a file cannot hold a function.
+    distributed_available_fn: None = None
 
 
 @part

@@ -97,8 +97,6 @@ def _without_use(file: DecoderFile) -> Iterator[tuple[str, str]]:
         for path in ("decoder.clip", "data.img_embeddings_url", "decoder.image_cond_drop_prob"):
             yield path, "decoder.unconditional is true"
         yield "train.cond_scale", "decoder.unconditional is true"
-    elif data.img_embeddings_url is not None:
-        yield "decoder.clip", "data.img_embeddings_url brings the embeddings of images, and it makes none of text here"
     if not follows(file, "text"):
         yield "data.text_embeddings_url", "no U-Net is told text"
         yield "decoder.text_cond_drop_prob", "no U-Net is told text"

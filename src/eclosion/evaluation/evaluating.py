@@ -3,24 +3,28 @@
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eclosion.checkpoint.disk import make_folder
+from eclosion.checkpoint.disk import explained, make_folder
 from eclosion.config.overrides import apply_overrides
 from eclosion.config.schema import EvaluateConfig
 from eclosion.data.file_cache import cache_folder
 from eclosion.data.source import Split
 from eclosion.device import pick_device
 from eclosion.diffusion.samplers import OnStep
-from eclosion.errors import ConfigError
-from eclosion.evaluation.images import Images
+from eclosion.errors import ConfigError, DataError
+from eclosion.evaluation.collecting import led
+from eclosion.evaluation.images import ALONE, Images, Workers
 from eclosion.evaluation.looking import part_named
 from eclosion.evaluation.measuring import Measured, measure
 from eclosion.evaluation.opening import Asked, Opened, Opener
 from eclosion.evaluation.pairs import memorised_sheet
-from eclosion.evaluation.results import Result, append_results
+from eclosion.evaluation.results import Result, append_results, check_results
 from eclosion.evaluation.rows import OnImage
+from eclosion.models.image_encoder import ImageEncoder
+from eclosion.registry import dump
 from eclosion.rundir import RunDir
 from eclosion.sampling.pictures import grid, pairs, save_png
 from eclosion.tracking.tracker import append_line
@@ -69,6 +73,7 @@ def evaluate(
     device: str = "auto",
     out: str | Path | None = None,
     cache: str | Path | None = None,
+    workers: Workers = ALONE,
     on_image: OnImage | None = None,
     on_phase: Callable[[str], None] | None = None,
     on_step: OnStep | None = None,
@@ -103,6 +108,7 @@ def evaluate(
         device: "auto", "cpu", "cuda" or "mps".
         out: the folder for `results.json` and pictures; None takes the run's, and writes nothing where there is none.
         cache: the folder where features of real images are kept; None means the user's.
+        workers: processes that share the work; all call this with equal arguments, and the first one writes.
         on_image: told how many images are done, and of how many, in each phase anew.
         on_phase: told what is looked at next.
         on_step: called before each call of a network.
@@ -131,21 +137,24 @@ def evaluate(
     with ExitStack() as stack:
         opener = Opener(stack, asked)
         made = opener.scored(what, against)
+        target = _target(made, out)
         own = made.trained.run.evaluate if made.trained else EvaluateConfig()
         chosen = _metrics(own.metrics if metrics is None else metrics)
         needs = {need for metric in chosen for need in metric.needs}
         if "originals" in needs:
             made = opener.paired(made, against)
         reference = opener.against(against, made) if "reference" in needs else None
-        target = _target(made, out)
+        looks = _extractor(own.extractor if extractor is None else extractor)
+        _check_alike(made.images, workers)
         measured = measure(
             made.images,
             metrics=chosen,
-            extractor=_extractor(own.extractor if extractor is None else extractor),
+            extractor=looks,
             against=reference,
             train=(trained_on := opener.train(train, made) if "train" in needs else None),
             batch_size=batch_size or own.batch_size,
             device=pick_device(device),
+            workers=workers,
             keep=_keep(made, target),
             cache=None if cache is None else Path(cache),
             seed=own.seed if seed is None else seed,
@@ -153,7 +162,17 @@ def evaluate(
             on_phase=on_phase,
         )
         notes = list(dict.fromkeys([*opener.notes, *measured.notes, *(n for row in measured.rows for n in row.notes)]))
-        written = [] if target is None else _write(made, measured, target, trained_on)
+        written = []
+        if target is not None:
+            asked_own = made.as_configured and against is None and train is None and seed in (None, own.seed)
+            logged = [row for row in measured.rows if asked_own and _is_own(row, own, looks)]
+            written = led(workers, partial(_write, made, measured, target, trained_on, logged))
+            if target.run is not None and len(logged) < len(measured.rows):
+                notes.append(
+                    "results.json alone has what is measured in another way than the run's config says: it is no point "
+                    "of the run's curves."
+                )
+        measured.forget()  # now that the scores are safe
     called = reference.name if reference is not None and not isinstance(reference, Path) else reference
     return Evaluation(
         measured.rows,
@@ -164,6 +183,16 @@ def evaluate(
         None if target is None else target.pictures,
         written,
     )
+
+
+def _check_alike(images: Images, workers: Workers) -> None:
+    """See that all processes score the same images.
+
+    Raises:
+        DataError: if they do not, as when a run saved a checkpoint while they opened it.
+    """
+    if len(set(workers.gather(images.fingerprint))) > 1:
+        raise DataError(f"{images.name}: not all processes found the same images. Name the step of the checkpoint.")
 
 
 # --- what to measure -------------------------------------------------------------------------------------------------
@@ -231,12 +260,21 @@ def _target(made: Opened, out: str | Path | None) -> _Target | None:
     if out is not None:
         folder = Path(out).expanduser()
         target = _Target(folder / "results.json", folder, folder / ".kept")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"out: {folder} cannot be made a folder ({error.strerror}). Give a folder that results can go to."
+            ) from error
     elif made.trained is not None:
         run, step = made.trained.folder, made.trained.step
         target = _Target(run.results, run.evaluation(step), run.evaluation(step) / ".kept", run)
     else:
         return None
-    make_folder(target.pictures)  # now: who cannot write should know before an hour has passed
+    # now: who cannot write should know before an hour has passed
+    with explained(target.pictures, "made", "Give another folder as out."):
+        make_folder(target.pictures)
+    check_results(target.results)
     return target
 
 
@@ -244,8 +282,16 @@ def _keep(made: Opened, target: _Target | None) -> Path:
     return cache_folder() / "evaluations" if target is None else target.kept
 
 
-def _write(made: Opened, measured: Measured, target: _Target, train: Images | None) -> list[Path]:
-    """The scores and the pictures."""
+def _is_own(row: Result, own: EvaluateConfig, extractor: Any) -> bool:
+    """Whether a run that scores itself would give this score, if images and reference are its own."""
+    same = not isinstance(extractor, ImageEncoder) and dump(extractor) == dump(part_named("encoders", own.extractor))
+    return same and dict(row.metric) in [dump(part_named("metrics", metric)) for metric in own.metrics]
+
+
+def _write(
+    made: Opened, measured: Measured, target: _Target, train: Images | None, logged: Sequence[Result]
+) -> list[Path]:
+    """The scores and the pictures; those that the run's own curves consist of are logged as well."""
     written = [target.results, target.pictures / "grid.png"]
     sheet = grid(measured.grid) if measured.originals is None else pairs(measured.originals, measured.grid)
     save_png(sheet, written[1])
@@ -254,8 +300,8 @@ def _write(made: Opened, measured: Measured, target: _Target, train: Images | No
         nearest = train.read([pair.train for pair in measured.pairs])
         written.append(save_png(memorised_sheet(measured.pairs, samples, nearest), target.pictures / "memorised.png"))
     append_results(target.results, measured.rows)
-    if target.run is not None and made.trained is not None:
-        numbers = {row.key: row.as_dict()["value"] for row in measured.rows}
+    if target.run is not None and made.trained is not None and logged:
+        numbers = {row.key: row.as_dict()["value"] for row in logged}
         seen = {"step": made.trained.step, "samples_seen": made.trained.samples_seen}
         append_line(target.run.metrics, {**seen, **numbers})
         written.append(target.run.metrics)

@@ -11,7 +11,7 @@ from torch import Tensor
 from eclosion.config.explain import checked
 from eclosion.errors import ConfigError
 from eclosion.evaluation.makers import Captions, Conditions, Distances, Features, Originals
-from eclosion.evaluation.results import Extractor
+from eclosion.evaluation.results import Extractor, key_of
 from eclosion.evaluation.rows import RowMaker
 from eclosion.metrics.lpips import PerceptualDistance
 from eclosion.metrics.metric import Evidence, Metric, Reference
@@ -19,7 +19,7 @@ from eclosion.models.image_encoder import ImageEncoder
 from eclosion.models.lpips import PairDistance, lpips_network
 from eclosion.registry import dump, resolve
 
-__all__ = ["Look", "Looks", "part_named"]
+__all__ = ["Look", "Looks", "extractor_of", "part_named", "problem_with_dim", "problems_with_keys"]
 
 
 def part_named(table: str, value: Any) -> Any:
@@ -39,6 +39,67 @@ def part_named(table: str, value: Any) -> Any:
     except ConfigError as error:
         told = [problem if repr(name) in problem else f"{name}: {problem}" for problem in error.problems]
         raise ConfigError(told) from error
+
+
+def extractor_of(metric: Metric, extractor: Any, made_by: Any = None) -> Any:
+    """The encoder whose features a metric looks at; None if it has a network of its own.
+
+    Args:
+        metric: the metric.
+        extractor: of metrics that name none.
+        made_by: the encoder that made the embeddings which images follow; None if they came with the data. What is
+            compared with them has to be of the same one.
+    """
+    if isinstance(metric, PerceptualDistance):
+        return None
+    if metric.extractor is not None:
+        return metric.extractor
+    return made_by if "conditions" in metric.needs and made_by is not None else extractor
+
+
+def problems_with_keys(metrics: Sequence[Metric], extractor: Any, made_by: Any = None) -> list[str]:
+    """What is wrong with two metrics whose scores would have one key, and so one curve; the arguments are as above."""
+    found: dict[str, Metric] = {}
+    problems = []
+    for metric in metrics:
+        part = extractor_of(metric, extractor, made_by)
+        name = metric.net_type if isinstance(metric, PerceptualDistance) else _name(part)
+        keys = [key_of(score, name) for score in metric.better]
+        if taken := next((key for key in keys if key in found), None):
+            both = " and ".join(_told_apart(found[taken], metric))
+            problems.append(
+                f"{both} would both be {taken}. Keep one of them, and score the other apart with `eclosion evaluate`."
+            )
+        found |= dict.fromkeys(keys, metric)
+    return problems
+
+
+def _told_apart(*metrics: Metric) -> list[str]:
+    """What two metrics are called, with the options in which they differ."""
+    options = [dump(metric) for metric in metrics]
+    differ = [key for key in {**options[0], **options[1]} if options[0].get(key) != options[1].get(key)]
+    return [
+        ",".join([str(own["name"]), *(f"{key}={own[key]}" for key in differ if key in own and key != "name")])
+        for own in options
+    ]
+
+
+def problem_with_dim(metric: Metric, extractor: Any, dim: int, given: int | None) -> str | None:
+    """What is wrong if a metric compares features with embeddings that images follow, and these are of another encoder.
+
+    Args:
+        metric: the metric.
+        extractor: whose features it looks at.
+        dim: numbers in a feature.
+        given: numbers in an embedding; None if that is not known.
+    """
+    if "conditions" not in metric.needs or given in (None, dim):
+        return None
+    name = dump(metric)["name"]
+    return (
+        f"{name}: images are made from embeddings of {given} numbers, and {_name(extractor)} gives {dim}. Set the "
+        f"extractor of {name} to the encoder that made them, or leave {name} out."
+    )
 
 
 @dataclass(frozen=True)
@@ -81,22 +142,21 @@ class Look:
 class Looks:
     """The encoders of an evaluation, each built once."""
 
-    def __init__(self, device: torch.device, extractor: Any, conditions: Any) -> None:
+    def __init__(self, device: torch.device, extractor: Any, made_by: Any) -> None:
         """Nothing is built yet.
 
         Args:
             device: where they compute.
-            extractor: the encoder of metrics that name none.
-            conditions: the encoder that made what images are made from, if that is known.
+            extractor, made_by: as of `extractor_of`.
         """
-        self._device, self._extractor, self._conditions = device, extractor, conditions
+        self._device, self._extractor, self._made_by = device, extractor, made_by
         self._built: dict[str, ImageEncoder] = {}
 
     def at(self, metric: Metric) -> Look:
         """How to look for a metric."""
         if isinstance(metric, PerceptualDistance):
             return self._distance(metric)
-        part = metric.extractor or ("conditions" in metric.needs and self._conditions) or self._extractor
+        part = extractor_of(metric, self._extractor, self._made_by)
         if getattr(metric, "wants_logits", False):
             part = self._logits(part, metric)
         key = part.fingerprint if isinstance(part, ImageEncoder) else json.dumps(dump(part), sort_keys=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eclosion.config.schema import DataConfig
-from eclosion.data.source import Samples
+from eclosion.data.source import Samples, array_shapes
 from eclosion.diffusion.lowres import resize
 from eclosion.diffusion.samplers import OnStep
 from eclosion.errors import ConfigError, DataError
@@ -39,6 +39,8 @@ class DataExamples:
     Attributes:
         fingerprint: of the samples and of what is done to them.
         brings: what the samples have besides the image, and that they are the originals.
+        encoder: the part that makes their embeddings; None if the samples bring them, or there is no such thing.
+        embedding_dim: numbers in an embedding; None if that is not known.
     """
 
     def __init__(
@@ -59,6 +61,9 @@ class DataExamples:
         self.fingerprint = self._data.fingerprint
         follows: set[Need] = {"conditions"} if "image_embed" in task.wants else set()
         self.brings: frozenset[Need] = frozenset({"originals", *(self._data.brings & {"captions"}), *follows})
+        own, made = array_shapes(samples).get("image_embed"), getattr(task, "made", {}).get("image_embed")
+        self.encoder = getattr(getattr(task, "options", None), "encoder", None) if own is None else None
+        self.embedding_dim: int | None = next((shape[-1] for shape in (own, made) if shape), None)
 
     def __len__(self) -> int:
         return len(self._data)
@@ -89,7 +94,10 @@ class TaskImages:
 
     Attributes:
         size: height and width in pixels.
-        encoder: the part that makes the embeddings which images follow, where the data has none; None if there is none.
+        examples: what they are made from; None if that is nothing.
+        encoder: the part that makes the embeddings which images follow; None if the data brings them, or nothing is
+            followed.
+        embedding_dim: numbers in such an embedding; None if that is not known.
     """
 
     def __init__(
@@ -136,11 +144,12 @@ class TaskImages:
         if (task.wants or first) and examples is None:
             raise ConfigError(f"{name}: its networks follow {' and '.join(task.wants)}. Give data that has it.")
         self._task, self._name, self._count, self._seed = task, name, count, seed
-        self._examples = examples if task.wants or first else None
+        self.examples = examples if task.wants or first else None
         self._how = {"sampler": sampler, "guidance_scale": guidance_scale, "precision": precision, "on_step": on_step}
         self._how |= {"first": first, "last": last}
         self.size, self._begins = sizes[last], sizes[first - 1] if first else None
-        self.encoder = getattr(getattr(task, "options", None), "encoder", None)
+        self.encoder = None if self.examples is None else self.examples.encoder
+        self.embedding_dim = None if self.examples is None else self.examples.embedding_dim
         samplers = sampler if isinstance(sampler, list | tuple) else [sampler]
         self._facts = {
             "what": "task",
@@ -155,7 +164,7 @@ class TaskImages:
         }
         told = {key: self._facts[key] for key in ("seed", "sampler", "guidance_scale", "precision", "size")}
         told |= {"networks": self._facts["networks"]} if "networks" in self._facts else {}
-        given = None if self._examples is None else self._examples.fingerprint
+        given = None if self.examples is None else self.examples.fingerprint
         self._fingerprint = digest_of("task", weights, told, given, count, device.type)
 
     @property
@@ -176,7 +185,7 @@ class TaskImages:
     @property
     def brings(self) -> frozenset[Need]:
         """Originals, embeddings and captions, if the images are made from such."""
-        return frozenset() if self._examples is None else self._examples.brings
+        return frozenset() if self.examples is None else self.examples.brings
 
     def __len__(self) -> int:
         return self._count
@@ -187,7 +196,7 @@ class TaskImages:
         Raises:
             DataError: naming one that is not finite, or an example that cannot be read.
         """
-        rows = None if self._examples is None else self._examples.rows(indices)
+        rows = None if self.examples is None else self.examples.rows(indices)
         examples = None if rows is None else self._fitting(rows.examples)
         images = make_batch(self._task, indices, seed=self._seed, examples=examples, **self._how)
         names = [f"image {i} of {self._name}" for i in indices]

@@ -15,14 +15,14 @@ import torch
 from eclosion.errors import ConfigError
 from eclosion.evaluation.collecting import led
 from eclosion.evaluation.images import ALONE, Images, Workers
-from eclosion.evaluation.looking import Look, Looks, part_named
+from eclosion.evaluation.looking import Look, Looks, part_named, problem_with_dim, problems_with_keys
 from eclosion.evaluation.reference import LIMIT, kept_images, load_statistics, read_statistics, reference_of
 from eclosion.evaluation.results import Floor, Result
 from eclosion.evaluation.rows import OnImage, forget_rows, rows_of
 from eclosion.evaluation.watched import Watched
 from eclosion.metrics.floor import floor
 from eclosion.metrics.memorisation import Memorisation, Pair
-from eclosion.metrics.metric import Evidence, Influence, Metric, Need, Reference, Score
+from eclosion.metrics.metric import Evidence, Influence, Metric, Need, Reference, Score, Unscorable
 from eclosion.registry import dump
 from eclosion.sampling.pictures import Pixels
 
@@ -47,12 +47,13 @@ class Measured:
 
     Attributes:
         rows: the scores, in the order of the metrics.
-        notes: what a reader must know of all of them, one line each.
+        notes: what a reader must know of all of them, and why a metric was left out, one line each.
         pairs: images that are too near to a training image, nearest first, by the numbers of both; None if that was
             not asked for.
         grid: the first images, uint8 [K, H, W, 3].
         originals: what each of them was made from, uint8 [K, h, w, 3]; None if there is no such thing.
         influences: of each image on a score, by the score's key, for those that can be had.
+        forget: gives up the batches that are kept for an equal call, once the scores are safe.
     """
 
     rows: Sequence[Result]
@@ -61,6 +62,7 @@ class Measured:
     grid: Pixels
     originals: Pixels | None = None
     influences: Mapping[str, Influence] = field(default_factory=dict)
+    forget: Callable[[], None] = field(default=lambda: None, compare=False)
 
 
 def measure(
@@ -76,6 +78,7 @@ def measure(
     keep: Path | None = None,
     cache: Path | None = None,
     seed: int = 0,
+    skip_unscorable: bool = False,
     on_image: OnImage | None = None,
     on_phase: Callable[[str], None] | None = None,
 ) -> Measured:
@@ -90,20 +93,26 @@ def measure(
         batch_size: images that are made, read and looked at together.
         device: where extractors compute.
         workers: processes that share the work; all call this with equal arguments, and all get the result.
-        keep: a folder where finished batches stay, for an equal call to go on from; given up at the end.
+        keep: a folder where finished batches stay, for an equal call to go on from, until `Measured.forget`.
         cache: folder of reference features; None takes the user's.
         seed: of what metrics draw.
+        skip_unscorable: whether a metric that has no score for these images is left out, with a note.
         on_image: told how many images are done, and of how many, in each phase anew.
         on_phase: told what is looked at next, such as "real images".
 
     Raises:
         ConfigError: if a metric lacks what it needs, or there are too few images for it.
+        Unscorable: if a metric has no score for these images.
         DataError: naming an image that cannot be read, or is not finite.
     """
     parts = [part_named("metrics", metric) for metric in metrics]
+    extractor, made_by = part_named("encoders", extractor), getattr(made, "encoder", None)
     _check_needs(parts, made, against, train)
-    looks = Looks(device, part_named("encoders", extractor), getattr(made, "encoder", None))
+    if problems := problems_with_keys(parts, extractor, made_by):
+        raise ConfigError(problems)
+    looks = Looks(device, extractor, made_by)
     uses = [looks.at(metric) for metric in parts]
+    _check_embeddings(parts, uses, made)
     tell = on_phase or (lambda phase: None)
 
     def real(images: Images | Path | None, need: Need, look: Look) -> Reference | None:
@@ -129,34 +138,48 @@ def measure(
         for need, images in known.items():
             if need in metric.needs and f"{need} {look.key}" not in references:
                 references[f"{need} {look.key}"] = real(images, need, look)
-    problems = [list(_problems(m, look, len(made), references)) for m, look in zip(parts, uses, strict=True)]
+    notes_of = [list(_problems(m, look, len(made), references)) for m, look in zip(parts, uses, strict=True)]
 
     makers = {name: maker for look in uses for name, maker in look.makers.items()}
     watched = Watched(made)
+    told = _Told(_facts(made), _facts_of(against), None if train is None else _facts(train))
     tell("images")
     rows = rows_of(watched, makers, batch_size=batch_size, workers=workers, keep=keep, on_image=on_image)
     shown = watched.first(workers, batch_size)
     tell("scores")
 
-    def scored() -> tuple[list[Result], list[Pair] | None, dict[str, Influence]]:
+    def scored() -> tuple[list[Result], list[Pair] | None, dict[str, Influence], list[str]]:
         results: list[Result] = []
+        left_out: list[str] = []
         influences: dict[str, Influence] = {}
         pairs: list[Pair] | None = None
-        told = _facts(made), _facts_of(against)
-        for metric, look, notes in zip(parts, uses, problems, strict=True):
+        for metric, look, notes in zip(parts, uses, notes_of, strict=True):
             evidence = look.evidence(rows, references, seed)
-            for result, score in _results(metric, look, evidence, notes, told, seed):
+            try:
+                found = list(_results(metric, look, evidence, notes, told, seed))
+            except Unscorable as error:
+                if not skip_unscorable:
+                    raise
+                left_out.append(str(error))
+                continue
+            for result, score in found:
                 results.append(result)
                 if score.influence is not None:
                     influences.setdefault(result.key, score.influence)
             if isinstance(metric, Memorisation) and train is not None:
                 pairs = _numbered(metric.pairs(evidence), kept_images(train, KEPT["train"]).tolist())
-        return results, pairs, influences
+        return results, pairs, influences, left_out
 
-    results, pairs, influences = led(workers, scored)
-    if keep is not None and workers.rank == 0:
-        forget_rows(made, makers, batch_size=batch_size, keep=keep)
-    return Measured(results, _common(made, against, device), pairs, *shown, influences=influences)
+    results, pairs, influences, left_out = led(workers, scored)
+    kept = keep if workers.rank == 0 else None
+    return Measured(
+        results,
+        [*_common(told), *left_out],
+        pairs,
+        *shown,
+        influences=influences,
+        forget=lambda: None if kept is None else forget_rows(made, makers, batch_size=batch_size, keep=kept),
+    )
 
 
 def _check_needs(metrics: Sequence[Metric], made: Images, against: Images | Path | None, train: Images | None) -> None:
@@ -188,6 +211,22 @@ def _check_needs(metrics: Sequence[Metric], made: Images, against: Images | Path
         raise ConfigError(problems)
 
 
+def _check_embeddings(metrics: Sequence[Metric], uses: Sequence[Look], made: Images) -> None:
+    """Refuse to compare features with embeddings of another encoder.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    given: int | None = getattr(made, "embedding_dim", None)
+    found = [
+        problem_with_dim(metric, look.part, look.encoder.dim, given)
+        for metric, look in zip(metrics, uses, strict=True)
+        if look.encoder is not None
+    ]
+    if problems := [problem for problem in found if problem is not None]:
+        raise ConfigError(problems)
+
+
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
@@ -208,12 +247,13 @@ def _results(
     look: Look,
     evidence: Evidence,
     notes: Sequence[str],
-    told: tuple[Mapping[str, Any], Mapping[str, Any] | None],
+    told: "_Told",
     seed: int,
 ) -> Iterator[tuple[Result, Score]]:
     reference = evidence.reference
+    scores = metric.scores(evidence)
     best = None if reference is None else floor(metric, reference, len(evidence.made), seed, evidence.train)
-    for name, score in metric.scores(evidence).items():
+    for name, score in scores.items():
         bound = best.scores.get(name) if best else None
         result = Result(
             score=name,
@@ -227,11 +267,21 @@ def _results(
             seed=seed,
             floor=Floor.of(bound, n=best.made, n_reference=best.reference) if best and bound else None,
             extractor=look.extractor,
-            made=told[0],
-            against=None if reference is None else told[1],
-            notes=tuple(notes),
+            made=told.made,
+            against=None if reference is None else told.against,
+            train=told.train if "train" in metric.needs else None,
+            notes=(*notes, *score.notes),
         )
         yield result, score
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What results say of the images, of those that they are compared with, and of those that were trained on."""
+
+    made: Mapping[str, Any]
+    against: Mapping[str, Any] | None
+    train: Mapping[str, Any] | None
 
 
 def _facts(images: Images) -> dict[str, Any]:
@@ -251,13 +301,18 @@ def _numbered(pairs: Sequence[Pair], numbers: Sequence[int]) -> list[Pair]:
     return [pair._replace(train=numbers[pair.train]) for pair in pairs]
 
 
-def _common(made: Images, against: Images | Path | None, device: torch.device) -> list[str]:
+def _common(told: _Told) -> list[str]:
     """What a reader must know of all scores."""
-    ours = made.facts.get("size")
-    theirs = against.facts.get("size") if against is not None and not isinstance(against, Path) else None
-    if ours and theirs and list(ours) != list(theirs):
+    ours, theirs = _size(told.made), _size(told.against or {})
+    if ours and theirs and ours != theirs:
         return [
             f"the images have {ours[0]}x{ours[1]} pixels (height x width), and those that they are compared with "
             f"{theirs[0]}x{theirs[1]}: what a resize does counts as well."
         ]
     return []
+
+
+def _size(facts: Mapping[str, Any]) -> list[int] | None:
+    """Height and width in pixels, if they are told; a file may say anything."""
+    size = facts.get("size")
+    return list(size) if isinstance(size, list | tuple) and len(size) == 2 else None

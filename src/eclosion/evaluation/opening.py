@@ -20,7 +20,7 @@ from eclosion.evaluation.made import DataExamples, TaskImages, images_of_run
 from eclosion.evaluation.pipelines import FollowedData, images_of_pipeline, is_pipeline
 from eclosion.evaluation.plan import guidance_of
 from eclosion.evaluation.real import DataImages, FolderImages, PairedImages
-from eclosion.registry import names, resolve
+from eclosion.registry import dump, names, resolve
 from eclosion.rundir import RunDir
 from eclosion.sampling import samplers_for
 from eclosion.sampling.examples import opened, validation_source
@@ -65,11 +65,14 @@ class Opened:
         images: themselves.
         size: their height and width in pixels; None if that is not known.
         trained: the run that makes them.
+        as_configured: whether they are made as the run makes those that it scores itself, and follow the same part of
+            its data.
     """
 
     images: Images
     size: tuple[int, int] | None
     trained: TrainedTask | None = None
+    as_configured: bool = False
 
 
 class Opener:
@@ -99,7 +102,7 @@ class Opener:
             trained = load_trained(found.path, checkpoint=asked.checkpoint, device=asked.device)
             images = self._made(trained)
             self._check_size(images.size, found.path)
-            return Opened(images, images.size, trained)
+            return Opened(images, images.size, trained, as_configured=self._is_own(images, trained))
         if isinstance(found, _Pipeline):
             return self._pipeline(found.path, data)
         if isinstance(found, RunConfig):
@@ -140,6 +143,24 @@ class Opener:
             examples=examples,
             on_step=asked.on_step,
         )
+
+    def _is_own(self, images: TaskImages, trained: TrainedTask) -> bool:
+        """Whether a run that scores itself would make these images, and compare them with this part of its data."""
+        run, asked = trained.run, self._asked
+        own = run.evaluate
+        wanted = {
+            "sampler": samplers_for(trained.task, own.sampler, None, None),
+            "guidance_scale": guidance_of(run),
+            "seed": own.seed,
+        }
+        made = {
+            "sampler": samplers_for(trained.task, own.sampler, asked.sampler, asked.num_inference_steps),
+            "guidance_scale": wanted["guidance_scale"] if asked.guidance_scale is None else asked.guidance_scale,
+            "seed": own.seed if asked.seed is None else asked.seed,
+        }
+        count = own.num_samples if images.examples is None else min(own.num_samples, len(images.examples))
+        plain = Opener(self._stack, Asked())
+        return dump(made) == dump(wanted) and len(images) == count and self.part(run)[1] == plain.part(run)[1]
 
     def _pipeline(self, path: Path, data: Any) -> Opened:
         asked = self._asked

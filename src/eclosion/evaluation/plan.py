@@ -1,8 +1,8 @@
 """What the config of a run asks of its evaluation: which images it compares with, and whether that goes together."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,12 +10,19 @@ import torch
 from eclosion.config.schema import RunConfig
 from eclosion.data.source import Samples, Split, part_of_data
 from eclosion.errors import ConfigError, did_you_mean
+from eclosion.evaluation.looking import extractor_of, problem_with_dim, problems_with_keys
 from eclosion.evaluation.made import DataExamples
+from eclosion.metrics.lpips import PerceptualDistance
+from eclosion.models.lpips import lpips_network
 from eclosion.registry import dump
 from eclosion.sampling.examples import check_alike, opened, validation_source
 from eclosion.tasks.task import DataFacts, Task
 
 __all__ = ["Part", "check_evaluation", "check_needs", "count_of", "examples_of", "guidance_of", "open_parts"]
+
+VALIDATION = "validation"  # what `checkpoint.best` says of the loss
+# What ends the name of a number that is no score itself, but the spread of one.
+SPREAD = "_std"
 
 
 @dataclass(frozen=True)
@@ -25,11 +32,13 @@ class Part:
     Attributes:
         split: its name.
         samples: open.
+        trained_on: whether its images are all those of training.
         final: whether it is looked at after the last step alone.
     """
 
     split: Split
     samples: Samples
+    trained_on: bool = False
     final: bool = False
 
 
@@ -80,7 +89,8 @@ def open_parts(run: RunConfig, train: Samples, facts: DataFacts) -> Iterator[tup
         for i, (split, source) in enumerate(wanted):
             samples = train if source is None else stack.enter_context(opened(source))
             check_alike(samples, facts, what="evaluate")
-            parts.append(Part(split, samples, final=i > 0))
+            trained_on = samples.fingerprint == train.fingerprint
+            parts.append(Part(split, samples, trained_on, final=i > 0))
         yield parts, notes
 
 
@@ -91,12 +101,9 @@ def check_evaluation(run: RunConfig, task: Task) -> None:
         ConfigError: with every problem.
     """
     options, best = run.evaluate, run.checkpoint.best
-    known = sorted({score for metric in options.metrics for score in metric.better})
-    problems = []
-    if best != "validation" and best.partition("/")[0] not in known:
-        hint = did_you_mean(best, ["validation", *known])
-        problems.append(f"checkpoint.best is {best!r}, and must be validation or a score of evaluate.metrics.{hint}")
-    elif best != "validation" and options.every is None:
+    # what images follow comes with the data or is made by the task, which nobody knows here
+    problems = _problems_with_best(run, [None, getattr(run.task, "encoder", None)])
+    if best != VALIDATION and options.every is None and not problems:
         problems.append(
             f"checkpoint.best is {best!r}, and evaluate.every is none, so that nothing is scored. Set evaluate.every."
         )
@@ -109,6 +116,28 @@ def check_evaluation(run: RunConfig, task: Task) -> None:
             problems += [f"evaluate: {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems)
+
+
+def _problems_with_best(run: RunConfig, made_by: Sequence[Any]) -> list[str]:
+    """What is wrong with `checkpoint.best`, if no evaluation gives a score that is called so.
+
+    Args:
+        run: the config.
+        made_by: the encoders that may have made what images follow; None in place of one if it comes with the data.
+    """
+    best, known = run.checkpoint.best, {VALIDATION}
+    for metric in run.evaluate.metrics:
+        parts = [extractor_of(metric, run.evaluate.extractor, encoder) for encoder in made_by]
+        looks = [metric.net_type] if isinstance(metric, PerceptualDistance) else [dump(part)["name"] for part in parts]
+        for score in metric.better:
+            known |= set() if score.endswith(SPREAD) else {score, *(f"{score}/{name}" for name in looks)}
+    if best in known:
+        return []
+    if best.partition("/")[0].endswith(SPREAD):
+        use = best.replace(SPREAD, "")
+        return [f"checkpoint.best is {best!r}, which says how far a score spreads, not how good it is. Use {use}."]
+    hint = did_you_mean(best, known)
+    return [f"checkpoint.best is {best!r}, and must be validation or a score of evaluate.metrics.{hint}"]
 
 
 def guidance_of(run: RunConfig) -> float | list[float]:
@@ -136,7 +165,7 @@ def check_needs(run: RunConfig, part: Part, task: Task, first: int = 0) -> list[
     Args:
         run: the config.
         part: what images are compared with.
-            task: what makes them.
+        task: what makes them.
         first: the place of the network that they begin with.
 
     Returns:
@@ -148,7 +177,16 @@ def check_needs(run: RunConfig, part: Part, task: Task, first: int = 0) -> list[
     """
     examples = examples_of(run, part, task, torch.device("cpu"), first=first)
     brings = frozenset() if examples is None else examples.brings
-    problems, notes, dims = list[str](), list[str](), dict[str, int]()
+    extractor, made_by = run.evaluate.extractor, None if examples is None else examples.encoder
+    found = problems_with_keys(run.evaluate.metrics, extractor, made_by)
+    problems, notes, dims = [f"evaluate.metrics: {problem}" for problem in found], list[str](), dict[str, int]()
+    problems += _problems_with_best(run, [made_by])
+    count = count_of(run, part, task, first=first)
+    if count < (wanted := run.evaluate.num_samples):
+        notes.append(
+            f"evaluate.num_samples is {wanted}, and the {part.split} data has {count} samples to make "
+            f"images from: {count} are made."
+        )
     for metric in run.evaluate.metrics:
         if missing := sorted(set(metric.needs) - {"reference", "train"} - brings):
             problems.append(
@@ -156,20 +194,21 @@ def check_needs(run: RunConfig, part: Part, task: Task, first: int = 0) -> list[
                 "from, and there are none in this run. Leave it out."
             )
             continue
-        if "train" in metric.needs and part.split == "train":
+        if "train" in metric.needs and part.trained_on:
             problems.append(
                 f"evaluate.metrics: {dump(metric)['name']} compares with images that were not trained on, and there "
                 "are none. Give the data a validation part, set validate.source, or leave it out."
             )
             continue
-        extractor = _extractor_of(metric, run)
-        key = str(dump(extractor))
+        looks = extractor_of(metric, extractor, made_by)
+        key = str(dump(metric if looks is None else looks))
         if key not in dims:
-            dims[key] = 1 if extractor is None else extractor.build().dim  # its weights are there
+            dims[key] = _dim(metric, looks)
+        if examples and (problem := problem_with_dim(metric, looks, dims[key], examples.embedding_dim)):
+            problems.append(f"evaluate.metrics: {problem}")
+            continue
         try:
-            notes += metric.problems(
-                made=count_of(run, part, task, first=first), reference=len(part.samples), dim=dims[key]
-            )
+            notes += metric.problems(made=count, reference=len(part.samples), dim=dims[key])
         except ConfigError as error:
             problems += [f"evaluate.metrics: {problem}" for problem in error.problems]
     if problems:
@@ -177,8 +216,8 @@ def check_needs(run: RunConfig, part: Part, task: Task, first: int = 0) -> list[
     return notes
 
 
-def _extractor_of(metric: Any, run: RunConfig) -> Any:
-    """The encoder whose features a metric looks at; None if it has a network of its own."""
-    if not any(option.name == "extractor" for option in fields(metric)):
-        return None
-    return run.evaluate.extractor if metric.extractor is None else metric.extractor
+def _dim(metric: Any, extractor: Any) -> int:
+    """Numbers in a feature that a metric looks at; 1 if it has a network of its own. The weights are there then."""
+    if isinstance(metric, PerceptualDistance):
+        lpips_network(metric.net_type, metric.weights, heads=metric.heads)
+    return 1 if extractor is None else int(extractor.build().dim)

@@ -1,5 +1,6 @@
 """Images that are there already: in a folder, or in a source of data."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
@@ -130,7 +131,8 @@ class FolderImages:
 
 
 class PairedImages:
-    """The images of a folder, each with its original: the file of the same name in another folder.
+    """The images of a folder, each with its original: the file of the same name in another folder, or the only one of
+    that name with another suffix.
 
     Attributes:
         size: height and width in pixels, of both.
@@ -143,14 +145,16 @@ class PairedImages:
             DataError: naming an image that has no original.
         """
         places = {name: i for i, name in enumerate(originals.names)}
-        missing = [name for name in images.names if name not in places]
+        alike = _only([_stem(name) for name in originals.names])
+        found = {name: places.get(name, alike.get(_stem(name))) for name in images.names}
+        missing = [name for name, place in found.items() if place is None]
         if missing:
             raise DataError(
                 f"{images.root / missing[0]}: has no original (as {len(missing)} of {len(images)} images): there is no "
-                f"{originals.root / missing[0]}."
+                f"{originals.root / missing[0]}, nor one image of that name with another suffix."
             )
         self._images, self._originals = images, originals
-        self._places = [places[name] for name in images.names]
+        self._places = [place for place in found.values() if place is not None]
         self.size = images.size
 
     @property
@@ -184,6 +188,17 @@ class PairedImages:
         """
         originals = self._originals.read([self._places[i] for i in indices]).pixels
         return replace(self._images.read(indices), originals=originals)
+
+
+def _stem(name: str) -> str:
+    """A name without its suffix."""
+    return str(Path(name).with_suffix(""))
+
+
+def _only(words: Sequence[str]) -> dict[str, int]:
+    """The places of the words that stand there once."""
+    counts = Counter(words)
+    return {word: i for i, word in enumerate(words) if counts[word] == 1}
 
 
 def _is_grid(name: str, names: Sequence[str]) -> bool:

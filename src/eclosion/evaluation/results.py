@@ -13,10 +13,10 @@ from eclosion.errors import EnvironmentProblem
 from eclosion.metrics.metric import Score
 from eclosion.tracking.tracker import write_json
 
-__all__ = ["Extractor", "Floor", "Result", "append_results", "read_results"]
+__all__ = ["Extractor", "Floor", "Result", "append_results", "check_results", "key_of", "read_results"]
 
-# What tells the images of one row from those of another, besides what they are; the rest of the facts follow from it.
-TELLING = ("what", "name", "step", "split")
+# What tells the images that others are compared with from others; the rest of the facts follow from it.
+TELLING = ("what", "name", "file", "step", "split", "fingerprint")
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class Result:
         extractor: what looked at the images; None if the score needs none.
         made, against: facts of the images that are scored, and of those that they are compared with: what, name,
             fingerprint, size, and where there are such things sampler, steps, guidance_scale, seed, step, split.
+        train: the same of the images that were trained on; None if the score does not look at them.
         notes: what a reader must know, such as that n is too small.
     """
 
@@ -95,15 +96,21 @@ class Result:
     made: Mapping[str, Any]
     against: Mapping[str, Any] | None
     notes: Sequence[str] = ()
+    train: Mapping[str, Any] | None = None
 
     @property
     def key(self) -> str:
         """What `metrics.jsonl` calls it, such as "evaluate/kid/efficientnet_lite0"."""
-        return f"evaluate/{self.score}/{self.extractor.name}" if self.extractor else f"evaluate/{self.score}"
+        return key_of(self.score, self.extractor.name if self.extractor else None)
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON data; a number that is not finite becomes null."""
         return _finite(asdict(self))  # type: ignore[no-any-return]
+
+
+def key_of(score: str, extractor: str | None) -> str:
+    """What `metrics.jsonl` calls a score, by its name and that of what looked at the images."""
+    return f"evaluate/{score}/{extractor}" if extractor else f"evaluate/{score}"
 
 
 def _finite(value: Any) -> Any:
@@ -132,6 +139,19 @@ def append_results(path: Path, rows: Sequence[Result]) -> None:
         raise EnvironmentProblem(f"{path}: the results cannot be written ({error.strerror}).") from error
 
 
+def check_results(path: Path) -> None:
+    """See that rows can be added to a file: before they are computed.
+
+    Raises:
+        EnvironmentProblem: if it is something else, or its folder cannot be written.
+    """
+    try:
+        with _locked(path):
+            read_results(path)
+    except OSError as error:
+        raise EnvironmentProblem(f"{path}: the results cannot be written ({error.strerror}).") from error
+
+
 def read_results(path: Path) -> list[dict[str, Any]]:
     """The rows of such a file; empty if it is not there.
 
@@ -145,7 +165,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
             raise ValueError("its results are no list of mappings")
         return found
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise EnvironmentProblem(
             f"{path} is no file of results ({type(error).__name__}: {error}). Move it away."
         ) from error
@@ -154,9 +174,12 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 def _identity(row: Mapping[str, Any]) -> str:
     """Equal for rows of which the new one replaces the old: the same score of the same images, made in the same way."""
     made = {key: value for key, value in row.get("made", {}).items() if key != "fingerprint"}
-    against = {key: value for key, value in (row.get("against") or {}).items() if key in TELLING}
+    others = [
+        {key: value for key, value in (row.get(name) or {}).items() if key in TELLING} for name in ("against", "train")
+    ]
+    counts = [row.get(name) for name in ("n", "n_reference", "seed")]
     extractor = (row.get("extractor") or {}).get("fingerprint")
-    told = (row.get("score"), row.get("metric"), row.get("n"), row.get("seed"), made, against, extractor)
+    told = (row.get("score"), row.get("metric"), counts, made, others, extractor)
     return json.dumps(told, sort_keys=True, default=str)
 
 

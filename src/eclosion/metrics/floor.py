@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from eclosion.errors import ConfigError
-from eclosion.metrics.metric import Evidence, Metric, Moments, Reference, Score
+from eclosion.metrics.memorisation import Memorisation
+from eclosion.metrics.metric import Evidence, Metric, Moments, Reference, Score, Unscorable
 from eclosion.rng import generator
 
 __all__ = ["Floor", "floor"]
@@ -39,19 +40,22 @@ def floor(
         train: images that were trained on, for a metric that needs them.
 
     Returns:
-        None if there are too few images, or if the metric looks at something else than sets of images.
+        None if there are too few images, or such that they have no score, or if the metric looks at something else than
+        sets of images.
     """
     here = {"reference", "train"} if train is not None else {"reference"}
     kept = reference.features
+    if isinstance(metric, Memorisation) and train is not None:
+        kept = metric.fresh(reference, train).features  # copies that were held out by mistake are not what chance gives
     part = min(made, len(kept) // 2)
     if not set(metric.needs) <= here or part == 0:
-        return None
-    try:
-        for _ in metric.problems(made=part, reference=len(kept) - part, dim=kept.shape[1]):
-            pass  # what holds for the scores holds for their floor
-    except ConfigError:
         return None
     order = torch.from_numpy(generator(seed, "floor").permutation(len(kept)))
     drawn, rest = kept[order[:part]], kept[order[part:]]
     evidence = Evidence(made=drawn, reference=Reference(Moments.of(rest), rest), train=train, seed=seed)
-    return Floor(metric.scores(evidence), part, len(rest))
+    try:
+        for _ in metric.problems(made=part, reference=len(rest), dim=kept.shape[1]):
+            pass  # what holds for the scores holds for their floor
+        return Floor(metric.scores(evidence), part, len(rest))
+    except (ConfigError, Unscorable):
+        return None

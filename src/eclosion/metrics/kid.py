@@ -37,7 +37,7 @@ class KernelDistance:
 
     All pairs are compared once. With `subsets`, it is instead the mean over random subsets, and `kid_std` their
     standard deviation, as torchmetrics gives them; subsets share images, so that says little of how far the mean can be
-    trusted.
+    trusted. Its standard error is that of all pairs, and what the draw of subsets adds.
 
     Source: Bińkowski et al. 2018, https://arxiv.org/abs/1801.01401.
     """
@@ -96,12 +96,14 @@ class KernelDistance:
         if self.subsets is None:
             return {"kid": self._score(made, reference)}
         drawn = [
-            self._score(_subset(made, self.subset_size, evidence.seed, "made", number), other).value
+            self._score(_subset(made, self.subset_size, evidence.seed, "made", number), other)
             for number in range(self.subsets)
             for other in [_subset(reference, self.subset_size, evidence.seed, "reference", number)]
         ]
-        values = torch.tensor(drawn, dtype=torch.float64)
-        return {"kid": Score(float(values.mean())), "kid_std": Score(float(values.std(correction=0)))}
+        values = torch.tensor([one.value for one in drawn], dtype=torch.float64)
+        error = drawn[0].error if len(drawn) == 1 else _error_of_mean(values, self._score(made, reference))
+        assert error is not None
+        return {"kid": with_error(float(values.mean()), error), "kid_std": Score(float(values.std(correction=0)))}
 
     def _score(self, made: Tensor, reference: Tensor) -> Score:
         within, across, beyond = self._pairs(made), self._pairs(made, reference), self._pairs(reference)
@@ -169,6 +171,17 @@ def _variance(within: _Pairs, across: _Pairs, beyond: _Pairs) -> float:
     theirs = (beyond.by_row - across.by_column).var() / m
     pairs = within.interaction / n**2 + 2 * across.interaction / (n * m) + beyond.interaction / m**2
     return max(4 * float(ours + theirs) - 2 * pairs, 2 * pairs)
+
+
+def _error_of_mean(drawn: Tensor, whole: Score) -> float:
+    """The standard error of the mean over subsets: they are drawn apart, and in the mean over all draws, it is `whole`.
+
+    Args:
+        drawn: float64 [S], the distance between each two subsets, S >= 2.
+        whole: that between all images.
+    """
+    assert whole.error is not None
+    return math.sqrt(whole.error**2 + float(drawn.var()) / len(drawn))
 
 
 def _subset(features: Tensor, size: int, seed: int, what: str, number: int) -> Tensor:

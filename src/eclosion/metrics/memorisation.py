@@ -2,20 +2,23 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from eclosion.errors import DataError
 from eclosion.metrics.features import enough, nearest, rows
-from eclosion.metrics.metric import Evidence, Need, Score
+from eclosion.metrics.metric import Evidence, Moments, Need, Reference, Score, Unscorable
 from eclosion.metrics.uncertainty import of_share, with_error
 from eclosion.registry import PartOf, part
 
 __all__ = ["Memorisation", "Pair"]
+
+# An image this near to a training image, in lengths of its features, is that image: float32 keeps seven digits, and a
+# network's sums lose two or three of them from one device to another.
+SAME = 1e-4
 
 
 class Pair(NamedTuple):
@@ -25,7 +28,7 @@ class Pair(NamedTuple):
         image: number of the image, a row of `made`.
         train: number of the training image, a row of `train.features` and of `train.names`.
         distance: between their features.
-        held_out: share of the held-out images that are as near to a training image, or nearer.
+        held_out: share of the held-out images that are as near to a training image, or nearer; without copies.
         too_near: whether the image counts as memorised.
     """
 
@@ -44,7 +47,8 @@ class Memorisation:
     ones: what is drawn afresh scores `quantile`, copies score 1. `nearer_than_held_out` is the chance that an image is
     nearer to the training set than a held-out image is: 1/2 for fresh draws, 1 for copies, less for images unlike any.
 
-    The reference has to be held out: images of the same kind that were not trained on.
+    The reference has to be held out: images of the same kind that were not trained on. Those of it that are copies of
+    training images all the same are left out, and a note says how many.
 
     Source: the second score is that of Meehan et al. 2020, https://arxiv.org/abs/2004.05675, over all of the space.
     """
@@ -82,14 +86,16 @@ class Memorisation:
         """The scores by name.
 
         Raises:
+            Unscorable: if most held-out images are copies of training images, or hardly any is not.
             ConfigError: if features of too few held-out images were kept.
-            DataError: if a feature is not finite, or the held-out images are themselves among those trained on.
+            DataError: if a feature is not finite.
         """
         found = self._look(evidence)
-        return {
+        scores = {
             "memorised": of_share(int((found.made <= found.threshold).sum()), len(found.made)),
             "nearer_than_held_out": _chance_of_less(found.made, found.held_out),
         }
+        return {name: replace(score, notes=found.notes) for name, score in scores.items()}
 
     def pairs(self, evidence: Evidence, *, limit: int = 16) -> list[Pair]:
         """The images that are nearest to a training image, with that one; nearest first, at most `limit`."""
@@ -105,6 +111,17 @@ class Memorisation:
             for image in found.made.argsort(stable=True)[:limit].tolist()
         ]
 
+    def fresh(self, held_out: Reference, train: Reference) -> Reference:
+        """Those of the held-out images whose features were kept that are no copies of training images.
+
+        Raises:
+            DataError: if a feature is not finite.
+        """
+        features = rows("memorisation", "held-out", held_out.features)
+        far, _ = nearest(features, rows("memorisation", "training", train.features))
+        kept = held_out.features[~_copies(far, features)]
+        return Reference(Moments.of(kept), kept)
+
     def _place(self, held_out: int) -> int:
         """Which of the held-out distances, from the least, is the threshold: a fresh draw is below the k-th of M with
         probability k / (M + 1).
@@ -116,15 +133,26 @@ class Memorisation:
         assert evidence.train is not None
         train = rows("memorisation", "training", evidence.train.features)
         made, which = nearest(rows("memorisation", "made", evidence.made), train)
-        held_out, _ = nearest(rows("memorisation", "held-out", evidence.reference.features), train)
-        list(self.problems(made=len(made), reference=len(held_out), dim=train.shape[1]))  # of those that were kept
-        if (copies := int((held_out == 0).sum())) > len(held_out) / 2:
-            raise DataError(
-                f"memorisation: {copies} of {len(held_out)} held-out images are themselves among those trained on, so "
-                "nothing tells copies from likeness. Compare with a part that was not trained on, such as split=val."
+        features = rows("memorisation", "held-out", evidence.reference.features)
+        counts = {"made": len(made), "dim": train.shape[1]}
+        known = list(self.problems(reference=len(features), **counts))  # of those that were kept
+        every, _ = nearest(features, train)
+        held_out = every[~_copies(every, features)]
+        notes: list[str] = []
+        if copies := len(every) - len(held_out):
+            if copies > len(every) / 2 or len(held_out) < 2:
+                raise Unscorable(
+                    f"memorisation: {copies} of {len(every)} held-out images are themselves among those trained on, so "
+                    "nothing tells copies from likeness. Compare with a part that was not trained on, such as "
+                    "split=val."
+                )
+            notes.append(
+                f"memorisation: copies of training images among the {len(every)} held-out ones: {copies}. They are "
+                f"left out, and the other {len(held_out)} say how near is too near. Take them out of one of the parts."
             )
+            notes += [] if known else self.problems(reference=len(held_out), **counts)
         threshold = float(held_out.sort().values[self._place(len(held_out)) - 1])
-        return _Distances(made, which, held_out, threshold)
+        return _Distances(made, which, held_out, threshold, tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -134,14 +162,22 @@ class _Distances:
     Attributes:
         made: float64 [N], of each image.
         train: int64 [N], which training image that is.
-        held_out: float64 [M], of each held-out image.
+        held_out: float64 [M], of each held-out image that is no copy.
         threshold: what is as near as this, or nearer, counts as memorised.
+        notes: on what was left out.
     """
 
     made: Tensor
     train: Tensor
     held_out: Tensor
     threshold: float
+    notes: tuple[str, ...]
+
+
+def _copies(distances: Tensor, features: Tensor) -> Tensor:
+    """Which images are training images, by their distances to the nearest, [N]: bool [N]."""
+    limits: Tensor = SAME * torch.linalg.vector_norm(features, dim=1)
+    return distances <= limits
 
 
 def _chance_of_less(x: Tensor, y: Tensor) -> Score:

@@ -7,11 +7,17 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Evidence", "Influence", "Metric", "Moments", "Reference", "Score"]
+from eclosion.errors import DataError
+
+__all__ = ["Evidence", "Influence", "Metric", "Moments", "Reference", "Score", "Unscorable"]
 
 # What an evaluation can put beside the images: a reference set, the images that were trained on, and, image by image,
 # the original, the caption or the embedding that each was made from.
 Need = Literal["reference", "train", "originals", "captions", "conditions"]
+
+
+class Unscorable(DataError):
+    """The images are such that a metric has no score for them, however many there are; others may have one."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +49,14 @@ class Score:
         error: its standard error; None if there is none.
         interval: the 95 % interval; None if there is none.
         influence: of each image on it; None if that is not known.
+        notes: what a reader must know of it that only the images tell, one line each.
     """
 
     value: float
     error: float | None = None
     interval: tuple[float, float] | None = None
     influence: Influence | None = field(default=None, compare=False, repr=False)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -156,5 +164,11 @@ class Metric(Protocol):
         ...
 
     def scores(self, evidence: Evidence) -> dict[str, Score]:
-        """The scores by name."""
+        """The scores by name.
+
+        Raises:
+            Unscorable: if the images are such that they have no score.
+            ConfigError: if there are too few.
+            DataError: if something that it looks at is not finite.
+        """
         ...

@@ -1,5 +1,6 @@
 """What stands around a curve: its 95 % interval, and what real images score."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -54,12 +55,44 @@ def _with_error(series: Series, error: Series) -> Series:
 
 
 def _with_results(series: Series, results: list[dict[str, Any]]) -> Series:
-    """What results.json says of the same score at the same step."""
+    """What results.json says of the same score at the same step.
+
+    A curve is of numbers that compare: those that were measured in another way than the newest are left out.
+    """
     rows = dict(_rows_of(series, results))
-    same = [rows.get(step) for step in series.steps]
-    known = [_interval(row) for row in same]
-    last = next((row for row in reversed(same) if row), None)
-    return _with_interval(series, known, finite(dig(last, "floor", "value")), list(_told(last or {})))
+    last = next((rows[step] for step in reversed(series.steps) if step in rows), None)
+    other = {step for step, row in rows.items() if last is not None and _how(row) != _how(last)}
+    compare = [pair for pair in zip(series.steps, series.values, strict=True) if pair[0] not in other]
+    series = replace(series, steps=[step for step, _ in compare], values=[value for _, value in compare])
+    told = list(_told(last or {}))
+    if other:
+        which = ", ".join(sorted(set(_differences(rows, other, last or {}))))
+        told.append(
+            f"{len(other)} earlier point{'s' if len(other) > 1 else ''} left out, measured in another way: {which}."
+        )
+    known = [_interval(rows.get(step)) for step in series.steps]
+    return _with_interval(series, known, finite(dig(last, "floor", "value")), told)
+
+
+def _how(row: Mapping[str, Any]) -> dict[str, str]:
+    """All that a score depends on besides the weights, by what to call it: only scores that agree in it compare."""
+    found = {
+        "metric": row.get("metric"),
+        "n": row.get("n"),
+        "seed": (row.get("seed"), dig(row, "made", "seed")),
+        "extractor": dig(row, "extractor", "fingerprint"),
+        "sampler": dig(row, "made", "sampler"),
+        "guidance": dig(row, "made", "guidance_scale"),
+        "reference": (row.get("n_reference"), dig(row, "against", "fingerprint")),
+        "training images": dig(row, "train", "fingerprint"),
+    }
+    return {name: json.dumps(value, sort_keys=True, default=str) for name, value in found.items()}
+
+
+def _differences(rows: Mapping[int, dict[str, Any]], other: set[int], last: Mapping[str, Any]) -> Iterator[str]:
+    wanted = _how(last)
+    for step in other:
+        yield from (name for name, value in _how(rows[step]).items() if value != wanted[name])
 
 
 def _rows_of(series: Series, results: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:

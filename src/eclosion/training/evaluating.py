@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from eclosion.checkpoint.disk import make_folder
 from eclosion.config.schema import RunConfig
 from eclosion.data.source import Samples
+from eclosion.device import pick_device
 from eclosion.evaluation.images import Seen
 from eclosion.evaluation.made import TaskImages, digest_of_weights
 from eclosion.evaluation.measuring import Measured, measure
@@ -27,14 +28,14 @@ from eclosion.evaluation.results import Result, append_results
 from eclosion.report import write_report
 from eclosion.sampling.pictures import grid, pairs, save_png
 from eclosion.tasks.task import DataFacts, Task
-from eclosion.training.distributed import World, full_tensors
+from eclosion.training.distributed import World, full_tensors, world
 from eclosion.training.scores import VALIDATION, Score
 from eclosion.training.signals import StopRequested, StopSignals
 
 if TYPE_CHECKING:
     from eclosion.training.context import Context
 
-__all__ = ["Evaluation", "evaluate", "open_evaluation"]
+__all__ = ["Evaluation", "evaluate", "evaluation_workers", "open_evaluation"]
 
 
 class RunWorkers:
@@ -44,7 +45,13 @@ class RunWorkers:
         rank, size: which of how many.
     """
 
-    def __init__(self, world: World, stop: StopSignals) -> None:
+    def __init__(self, world: World, stop: StopSignals | None) -> None:
+        """Nothing is exchanged yet.
+
+        Args:
+            world: the processes.
+            stop: the signals that stop them together; None leaves signals to each.
+        """
         self.rank, self.size = world.rank, world.size
         self._world, self._stop = world, stop
 
@@ -58,7 +65,23 @@ class RunWorkers:
 
     def agree(self) -> None:
         """Leave through `StopRequested` in all of them, if a signal has come to any."""
-        self._world.agree_to_stop(self._stop)
+        if self._stop is not None:
+            self._world.agree_to_stop(self._stop)
+
+
+@contextmanager
+def evaluation_workers(device: str) -> Iterator[tuple[RunWorkers, str]]:
+    """The processes that torchrun started for an evaluation without training, and the device of this one.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "mps".
+
+    Raises:
+        ConfigError: if there is no such device here, or one GPU for several processes.
+    """
+    with world(pick_device(device).type) as found:
+        own = f"cuda:{found.local_rank}" if found.size > 1 and pick_device(device).type == "cuda" else device
+        yield RunWorkers(found, stop=None), own
 
 
 @dataclass(frozen=True)
@@ -161,6 +184,7 @@ def _measured(c: "Context", task: Task, part: Part, weights: str, stop: StopSign
         workers=workers,
         keep=c.folder.evaluation(c.state.step) / ".kept",
         seed=options.seed,
+        skip_unscorable=True,  # what the data does not allow must not end what it trains
     )
     # made by all processes, over which networks may be split
     near = made.read([pair.image for pair in measured.pairs]) if measured.pairs else None
@@ -194,6 +218,7 @@ def _keep(c: "Context", part: Part, measured: Measured, seconds: float) -> None:
     if not c.world.leads:
         return
     append_results(c.folder.results, measured.rows)
+    measured.forget()
     notes = [*measured.notes, *(note for row in measured.rows for note in row.notes)]
     for note in dict.fromkeys(notes):
         if c.evaluation and note not in c.evaluation.told:
