@@ -7,6 +7,7 @@ images as one likes, and what is wrong with the others is known exactly.
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +44,20 @@ SHOWN = {
     "cosine": ("cosine", 2),
 }
 COLOUR = "blue"
+POOL = 20  # images to choose one of its colour from, of which there are eight
 
 
-def butterflies(seed: int, count: int, *, colour: str | None = None) -> DataImages:
-    """Drawn images, of one colour of wings if that is asked for; others for another seed."""
-    source = ButterfliesSource(size=count if colour is None else 20 * count, seed=seed)
-    images = DataImages(source.open(), DataConfig(source=source, image_size=64), name=f"butterflies, seed {seed}")
-    if colour is None:
-        return images
-    samples = source.open()
+def butterflies(seed: int, count: int) -> DataImages:
+    """Drawn images; others for another seed."""
+    source = ButterfliesSource(size=count, seed=seed)
+    return DataImages(source.open(), DataConfig(source=source, image_size=64), name=f"butterflies, seed {seed}")
+
+
+def of_colour(colour: str, seed: int, count: int) -> list[int]:
+    """The numbers of the first images with wings of one colour."""
+    samples = ButterfliesSource(size=POOL * count, seed=seed).open()
     wanted = samples.class_names.index(colour)
-    images._chosen = [i for i in range(len(samples)) if samples.read(i).label == wanted][:count]
-    return images
+    return list(islice((i for i in range(len(samples)) if samples.read(i).label == wanted), count))
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def sets(count: int, trained: DataImages, encoder: Any) -> list[Changed]:
         made("noise, 40 of 255", change=noise(40)),
         made("25 images, again and again", which=[i % 25 for i in everything]),
         made("one image, again and again", which=[0] * count),
-        made(f"{COLOUR} ones only", images=butterflies(3, count, colour=COLOUR)),
+        made(f"{COLOUR} ones only", images=butterflies(3, POOL * count), which=of_colour(COLOUR, 3, count)),
         made("half of them trained on", images=trained, which=[i % half for i in everything], change=half_of(real)),
         made("all of them trained on", images=trained),
     ]

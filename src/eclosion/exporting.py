@@ -3,8 +3,7 @@
 import json
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from eclosion.errors import ConfigError, EnvironmentProblem
+from eclosion.models.libraries import without_bars
 from eclosion.registry import dump
 from eclosion.rng import generator, randn
 from eclosion.sampling import TrainedTask, load_trained
@@ -81,7 +81,7 @@ def clean_exports(folder: Path) -> None:
 
 def _compare(wanted: Any, folder: Path) -> None:
     """The pipeline on disk must be the one in memory: same networks, same noise levels, same settings."""
-    with _quiet():
+    with without_bars("diffusers"):
         found = type(wanted).from_pretrained(folder, low_cpu_mem_usage=False)
     ours, theirs = _networks(wanted), _networks(found)
     same = ours.keys() == theirs.keys() and _settings(wanted) == _settings(found)
@@ -121,20 +121,6 @@ def _is_same(wanted: Any, found: Any) -> bool:
 
 def _tensor(output: Any) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output.sample
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the library's own progress bar: ours are enough."""
-    from diffusers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _probe(unet: Any) -> dict[str, torch.Tensor]:

@@ -1,11 +1,15 @@
 """One signal asks, two insist."""
 
+import itertools
 import os
 import signal
+import sys
+from unittest.mock import Mock
 
 import pytest
 
 from eclosion.training import signals
+from eclosion.training.distributed import World
 from eclosion.training.signals import StopRequested, StopSignals
 
 
@@ -53,3 +57,38 @@ def test_handlers_are_put_back():
     with StopSignals():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_anywhere_around_a_wait_is_agreed_on_before_it_leaves():
+    """It comes before each bytecode of the wait in turn; a process that left alone would leave others waiting."""
+    outcomes = []
+    for moment in itertools.count(1):
+        stop, meetings, passed = StopSignals(), [], 0
+        stop.saves_first = True
+        world = Mock(spec=World, size=2)
+        world.agree_to_stop.side_effect = meetings.append
+
+        def trace(frame, event, _, stop=stop, moment=moment):
+            nonlocal passed
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                passed += 1
+                if passed == moment:
+                    stop._note(signal.SIGTERM, None)
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            World.wait_for(world, stop, lambda: "a batch")
+            left = False
+        except StopRequested:
+            left = True
+        finally:
+            sys.settrace(before)
+        if passed < moment:
+            break
+        assert len(meetings) == left, f"before bytecode {moment}"
+        outcomes.append(left)
+    assert True in outcomes
+    assert False in outcomes

@@ -144,6 +144,7 @@ def evaluate(
         if "originals" in needs:
             made = opener.paired(made, against)
         reference = opener.against(against, made) if "reference" in needs else None
+        trained_on = opener.train(train, made) if "train" in needs else None
         looks = _extractor(own.extractor if extractor is None else extractor)
         _check_alike(made.images, workers)
         measured = measure(
@@ -151,7 +152,7 @@ def evaluate(
             metrics=chosen,
             extractor=looks,
             against=reference,
-            train=(trained_on := opener.train(train, made) if "train" in needs else None),
+            train=trained_on,
             batch_size=batch_size or own.batch_size,
             device=pick_device(device),
             workers=workers,

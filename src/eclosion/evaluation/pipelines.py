@@ -2,8 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from eclosion.evaluation.images import Seen
 from eclosion.evaluation.made import DataExamples, TaskImages, weights_of
 from eclosion.evaluation.real import InOrder, channels_first, digest_of
 from eclosion.metrics.metric import Need
+from eclosion.models.libraries import without_bars
 from eclosion.registry import build
 from eclosion.rng import integer_seed
 from eclosion.sampling import samplers_for
@@ -243,7 +243,7 @@ def _loaded(folder: Path) -> Any:
     try:
         name = json.loads((folder / INDEX).read_bytes())["_class_name"]
         cls: Any = UnclipDecoderPipeline if name == OURS else DiffusionPipeline
-        with _quietly():
+        with without_bars("diffusers"):
             return cls.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, low_cpu_mem_usage=False
             )
@@ -253,20 +253,6 @@ def _loaded(folder: Path) -> Any:
             f"{folder}: the pipeline cannot be loaded ({type(error).__name__}: {said}). Wanted is what save_pretrained "
             "of diffusers wrote, with safetensors."
         ) from error
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the library's own progress bar: ours is enough."""
-    from diffusers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _size(pipeline: Any) -> tuple[int, int]:

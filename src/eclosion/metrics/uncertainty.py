@@ -31,4 +31,6 @@ def of_share(hits: int, count: int) -> Score:
     share = hits / count
     middle = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
     reach = Z / (1 + Z**2 / count) * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
-    return Score(share, math.sqrt(share * (1 - share) / count), (max(0.0, middle - reach), min(1.0, middle + reach)))
+    low = middle - reach if hits else 0.0  # rounding would leave some 1e-18
+    high = middle + reach if hits < count else 1.0
+    return Score(share, math.sqrt(share * (1 - share) / count), (low, high))

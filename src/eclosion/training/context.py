@@ -163,11 +163,15 @@ class Context:
         count, (first, _) = self.run.sample.num_images, self.state.span
         if not count or not (self.task.wants or first):
             return None
-        with self.world.leaving(self.stop), ExitStack() as stack:  # a server may keep it waiting
-            samples = self.validation.samples if self.validation else None
-            if samples is None and (source := validation_source(self.run)):
-                samples = stack.enter_context(opened(source))
-            batch = from_samples(samples or self.samples, self.run.data, count, seed=self.run.seed)
+
+        def read() -> Batch:
+            with ExitStack() as stack:
+                samples = self.validation.samples if self.validation else None
+                if samples is None and (source := validation_source(self.run)):
+                    samples = stack.enter_context(opened(source))
+                return from_samples(samples or self.samples, self.run.data, count, seed=self.run.seed)
+
+        batch = self.world.wait_for(self.stop, read)  # a server may keep it waiting
         agree = partial(self.world.agree_to_stop, self.stop)
         agree()
         examples = prepared(self.task, batch, self.device, agree=agree)

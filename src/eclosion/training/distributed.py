@@ -97,16 +97,16 @@ class World:
         stop.received = self.highest(stop.received)
         stop.on_step()
 
-    @contextmanager
-    def leaving(self, stop: StopSignals) -> Iterator[None]:
-        """A wait for data that a signal may end at once, through `StopRequested` on every process.
+    def wait_for(self, stop: StopSignals, fetch: Callable[[], T]) -> T:
+        """What `fetch` gets: a wait for data that a signal may end at once, through `StopRequested` on every process.
 
         The next meeting of processes after such a wait must be `agree_to_stop`. A process that leaves goes there
         straight away; the others wait there for it already, or come there, or leave their own wait.
+        It is no context manager, as a signal between its end and that of the block would pass it by.
         """
         try:
             with stop.leaving():
-                yield
+                return fetch()
         except StopRequested:
             self.agree_to_stop(stop)
             raise

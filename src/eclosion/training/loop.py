@@ -51,8 +51,8 @@ def run_until_done(
         clock = Clock(state.samples_seen)
         try:
             while not state.done:
-                with clock.waiting(), world.leaving(stop):  # a server may keep it waiting
-                    micro_batches = next(steps)
+                with clock.waiting():
+                    micro_batches = world.wait_for(stop, lambda: next(steps))  # a server may keep it waiting
                 for stage in state.trained:  # frozen stages are in the checkpoint, not in here
                     for i, batch in enumerate(micro_batches):
                         if stage is state.trained[0]:  # a step is dropped whole or made whole
@@ -110,8 +110,7 @@ def warm_up(c: Context) -> None:
         return
     share = c.loader.micro_batch_size
     first = c.state.samples_seen + c.world.rank * share
-    with c.world.leaving(c.stop):  # a server may keep it waiting
-        batch = c.loader.batch_at(range(first, first + share))
+    batch = c.world.wait_for(c.stop, lambda: c.loader.batch_at(range(first, first + share)))
     c.world.agree_to_stop(c.stop)
     batch, _ = prepared(c.task, batch, c.device)
     for stage in c.state.trained:

@@ -158,8 +158,7 @@ def _losses(c: "Context", task: Task, names: Sequence[str], stop: StopSignals) -
     skipped: list[Skip] = []
     with closing(c.validation.batches()) as batches:
         while True:
-            with c.world.leaving(stop):  # a server may keep it waiting
-                batch = next(batches, None)
+            batch = c.world.wait_for(stop, lambda: next(batches, None))  # a server may keep it waiting
             c.world.agree_to_stop(stop)
             if batch is None:
                 break
