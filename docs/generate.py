@@ -46,6 +46,8 @@ TABLE_TITLES = {
     "noise_schedules": ("Noise schedules", "task.noise_schedule"),
     "samplers": ("Samplers", "sample.sampler"),
     "loggers": ("Loggers", "track.log"),
+    "savers": ("Savers", "track.save"),
+    "loaders": ("Loaders", "start"),
     "dialects": ("Dialects", None),
 }
 
@@ -76,10 +78,11 @@ def config_reference() -> str:
     """Every key of the fixed sections, with its type, default, class on resume and meaning."""
     top, sections = [], []
     for field in dataclasses.fields(RunConfig):
-        if dataclasses.is_dataclass(field.type):
-            entries = "\n".join(_entries(field.type, f"{field.name}.", resume=True))
-            sections.append(f"## {field.name}\n\n{inspect.getdoc(field.type)}\n\n{entries}")
-        else:
+        section = _section_in(field.type)
+        if section is not None:
+            entries = "\n".join(_entries(section[0], f"{field.name}.", resume=True))
+            sections.append(f"## {field.name}\n\n{inspect.getdoc(section[0])}\n\n{entries}")
+        if not dataclasses.is_dataclass(field.type):  # one that may be left out is a key as well
             top.append(_entry(RunConfig, field, "", resume=True))
     return "\n\n".join(["## Top level", "\n".join(top), *sections])
 
@@ -236,6 +239,7 @@ def run_folder() -> str:
     run = RunDir(Path("RUN"))
     paths = {getattr(run, name): prop for name, prop in vars(RunDir).items() if isinstance(prop, property)}
     paths |= {run.checkpoint(1000): RunDir.checkpoint, run.sample_grid(1000): RunDir.sample_grid}  # type: ignore[dict-item]
+    paths |= {run.follower("LOGGER"): RunDir.follower}  # type: ignore[dict-item]
     files = ("lock", *(path.name for path in paths if path.suffix))
     rows = [
         f"| `{path.relative_to(run.root)}{'' if path.name in files else '/'}` | {_first_paragraph(documented)} |"

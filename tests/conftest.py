@@ -1,10 +1,11 @@
 """Shared set-up of the tests: one thread per worker, so that results do not depend on how many run beside."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def tiny_config(output: Path, **sections: Config) -> Config:
     return config
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_config() -> Callable[..., Config]:
     return tiny_config
 
@@ -146,3 +147,61 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     square = {"height": 32, "width": 32}
     library.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> Any:
+    """The module `hub_server.py`: a Hugging Face hub on this machine."""
+    return _beside("hub_server")
+
+
+@pytest.fixture
+def hub(hub_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Hugging Face hub on this machine, which the real client is pointed to, and a token for it."""
+    constants = pytest.importorskip("huggingface_hub").constants
+    utils = pytest.importorskip("huggingface_hub.utils")
+    home = tmp_path / "hf_home"
+    with hub_server.serving() as server:
+        # The client has read its environment when it was imported; another process reads it anew.
+        values = {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "ENDPOINT": server.url}
+        values |= {"HF_HUB_CACHE": str(home / "hub"), "HF_TOKEN_PATH": str(home / "token")}
+        values |= {"HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}"}
+        for name, value in values.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(importlib.import_module("huggingface_hub.hf_api").api, "endpoint", server.url)
+        variables = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_ENDPOINT": server.url, "HF_HOME": str(home)}
+        for name, text in {**variables, "HF_TOKEN": hub_server.TOKEN, "NO_PROXY": "127.0.0.1,localhost"}.items():
+            monkeypatch.setenv(name, text)
+        utils.close_session()
+        yield server
+        utils.close_session()
+
+
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Services have long at the end of a run, as other processes may be at work."""
+    beside = pytest.importorskip("eclosion.tracking.beside")
+    monkeypatch.setattr(beside, "CLOSE_SECONDS", 110.0)
+    monkeypatch.setattr(sys.modules["eclosion.tracking.following"], "CLOSE_SECONDS", 120.0)
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "100")
+
+
+@pytest.fixture
+def wandb_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Files of runs at a wandb on this machine (`wandb_server.py`), which the real client is pointed to."""
+    module = _beside("wandb_server")
+    with module.serving() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", server.key)
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        yield server
+
+
+def _beside(name: str) -> Any:
+    """A file beside this one, as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where its dataclasses look
+    spec.loader.exec_module(module)
+    return module

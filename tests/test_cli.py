@@ -178,8 +178,8 @@ def test_list_shows_parts_with_their_options(command):
     assert "num_inference_steps  int >= 1" in out
     assert "one of: trailing, linspace, leading" in out
     assert command("list", "sampler").err == (
-        "error: 'sampler' is no table of parts. Did you mean 'samplers'? Options: dialects, encoders, loggers, "
-        "metrics, models, noise_schedules, samplers, sources, tasks.\n"
+        "error: 'sampler' is no table of parts. Did you mean 'samplers'? Options: dialects, encoders, loaders, "
+        "loggers, metrics, models, noise_schedules, samplers, savers, sources, tasks.\n"
     )
 
 

@@ -585,6 +585,8 @@ def test_the_command_ends_with_the_code_of_what_was_wrong(command, tmp_path):
 
 def test_an_imported_run_samples_trains_on_and_exports(tmp_path, monkeypatch):
     monkeypatch.setenv("ECLOSION_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     from eclosion.data.butterflies import ButterfliesSource
 
     numbers = np.random.default_rng(0)
@@ -610,6 +612,7 @@ def test_an_imported_run_samples_trains_on_and_exports(tmp_path, monkeypatch):
         unpacked(tmp_path), tmp_path / "run", overrides=[f"{key}={value}" for key, value in overrides.items()]
     )
     eclosion.train(RunDir(run.folder).config)
+    assert list(Path().iterdir()) == []  # where its config saved to is not where it is now
     state = loaded_newest(run.folder)
     assert state["step"] == 8
     assert state["samples_seen"] == 24 + 5 * 3  # 27 images were seen, of which 24 make whole epochs

@@ -14,11 +14,19 @@ from eclosion.registry import TABLES, build, describe, dump, resolve
 PARTS = [(table, name) for table, names in TABLES.items() if table != "dialects" for name in names]
 # What a part cannot do without.
 REQUIRED = {
-    "folder": {"root": "images"},
-    "huggingface": {"path": "images"},
-    "transformers_vision": {"model": "models/dinov2"},
-    "unclip_decoder": {"unets": [{"image_size": 16}, {"sampler": "ddim"}]},
-    "webdataset": {"webdataset_base_url": "shards/{}.tar"},
+    ("encoders", "transformers_vision"): {"model": "models/dinov2"},
+    ("loaders", "huggingface"): {"repo": "ada/model"},
+    ("loaders", "local"): {"path": "models/a"},
+    ("loaders", "url"): {"url": "https://example.org/a.safetensors"},
+    ("loaders", "wandb"): {"path": "latest"},
+    ("savers", "fsspec"): {"url": "s3://bucket/models", "latest": "latest"},
+    ("savers", "huggingface"): {"repo": "ada/model", "latest": "latest"},
+    ("savers", "local"): {"latest": "latest"},
+    ("savers", "wandb"): {"latest": "latest"},
+    ("sources", "folder"): {"root": "images"},
+    ("sources", "huggingface"): {"path": "images"},
+    ("sources", "webdataset"): {"webdataset_base_url": "shards/{}.tar"},
+    ("tasks", "unclip_decoder"): {"unets": [{"image_size": 16}, {"sampler": "ddim"}]},
 }
 each_part = pytest.mark.parametrize(("table", "name"), PARTS)
 
@@ -38,7 +46,7 @@ def test_every_name_resolves_to_a_documented_part(table, name):
 
 @each_part
 def test_every_part_goes_round_trip(table, name):
-    part = build(table, {"name": name, **REQUIRED.get(name, {})})
+    part = build(table, {"name": name, **REQUIRED.get((table, name), {})})
     plain = dump(part)
     assert plain["name"] == name
     assert build(table, plain) == part
@@ -47,12 +55,12 @@ def test_every_part_goes_round_trip(table, name):
 @each_part
 def test_every_part_refuses_an_unknown_option(table, name):
     with pytest.raises(ValidationError, match="nonsense"):
-        build(table, {"name": name, **REQUIRED.get(name, {}), "nonsense": 1})
+        build(table, {"name": name, **REQUIRED.get((table, name), {}), "nonsense": 1})
 
 
 @each_part
 def test_no_part_can_be_changed_after_it_was_checked(table, name):
-    part = build(table, {"name": name, **REQUIRED.get(name, {})})
+    part = build(table, {"name": name, **REQUIRED.get((table, name), {})})
     for field in dataclasses.fields(part):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(part, field.name, None)

@@ -66,7 +66,7 @@ def check_what_stands_in(folder, *, image_size, grids):
 
 def test_the_tutorials_object_trains_and_leaves_a_pipeline_and_grids_in_output_dir(tmp_path):
     config = tutorial_config(tmp_path, image_size=16, train_batch_size=2, eval_batch_size=4)
-    with pytest.warns(UserWarning, match="push_to_hub is accepted and has no effect yet"):
+    with pytest.warns(UserWarning, match="push_to_hub: nothing is pushed, as hub_model_id is"):
         folder = eclosion.train(config, SMALL)
     assert str(folder) == config.output_dir
     grids = ["step-00000000.png", "step-00000003.png", "step-00000006.png"]

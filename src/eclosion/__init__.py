@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from eclosion.inspection.parts import list_parts
     from eclosion.inspection.recipes import write_config
     from eclosion.inspection.runs import list_runs
+    from eclosion.pushing import push
     from eclosion.report import write_report
     from eclosion.sampling import sample
     from eclosion.sharding import shard
     from eclosion.sharding.embedding import embed
     from eclosion.tasks.unclip_pipeline import UnclipDecoderPipeline
+    from eclosion.tracking.syncing import sync
     from eclosion.training.run import train
 
 __version__ = version("eclosion")
@@ -52,10 +54,12 @@ _HOMES = {
     "list_parts": "eclosion.inspection.parts",
     "list_runs": "eclosion.inspection.runs",
     "pipes_allowed": "eclosion.data.remote",
+    "push": "eclosion.pushing",
     "sample": "eclosion.sampling",
     "shard": "eclosion.sharding",
     "show_data": "eclosion.inspection.data_sheet",
     "stats": "eclosion.evaluation.stats",
+    "sync": "eclosion.tracking.syncing",
     "train": "eclosion.training.run",
     "write_config": "eclosion.inspection.recipes",
     "write_report": "eclosion.report",
@@ -77,10 +81,12 @@ __all__ = [
     "list_parts",
     "list_runs",
     "pipes_allowed",
+    "push",
     "sample",
     "shard",
     "show_data",
     "stats",
+    "sync",
     "train",
     "write_config",
     "write_report",

@@ -29,18 +29,20 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError, PydanticUndefined, core_schema
 
 from eclosion.errors import ConfigError, MissingExtraError, did_you_mean
-from eclosion.redaction import scheme_of, shown
+from eclosion.redaction import bare, scheme_of, shown
 
 T = TypeVar("T")
 
 __all__ = [
     "DIALECTS",
     "ENCODERS",
+    "LOADERS",
     "LOGGERS",
     "METRICS",
     "MODELS",
     "NOISE_SCHEDULES",
     "SAMPLERS",
+    "SAVERS",
     "SOURCES",
     "TABLES",
     "TASKS",
@@ -108,6 +110,20 @@ SAMPLERS = {
 LOGGERS = {
     "console": "eclosion.tracking.console:ConsoleLogger",
     "tensorboard": "eclosion.tracking.tensorboard:TensorBoardLogger",
+    "trackio": "eclosion.tracking.trackio:TrackioLogger",
+    "wandb": "eclosion.tracking.wandb:WandbLogger",
+}
+SAVERS = {
+    "fsspec": "eclosion.tracking.fsspec:FsspecSaver",
+    "huggingface": "eclosion.tracking.huggingface:HuggingFaceSaver",
+    "local": "eclosion.tracking.local:LocalSaver",
+    "wandb": "eclosion.tracking.wandb_files:WandbSaver",
+}
+LOADERS = {
+    "huggingface": "eclosion.tracking.huggingface:HuggingFaceLoader",
+    "local": "eclosion.tracking.local:LocalLoader",
+    "url": "eclosion.tracking.url:UrlLoader",
+    "wandb": "eclosion.tracking.wandb_files:WandbLoader",
 }
 DIALECTS = {
     "dalle2": "eclosion.config.dalle2:DIALECT",
@@ -122,10 +138,19 @@ TABLES: dict[str, dict[str, str]] = {
     "noise_schedules": NOISE_SCHEDULES,
     "samplers": SAMPLERS,
     "loggers": LOGGERS,
+    "savers": SAVERS,
+    "loaders": LOADERS,
     "dialects": DIALECTS,
 }
 # The optional library that a part's file imports -> the extra that installs it.
-EXTRAS = {"datasets": "datasets", "fsspec": "remote", "tensorboard": "tensorboard", "torchvision": "transforms"}
+EXTRAS = {
+    "datasets": "datasets",
+    "fsspec": "remote",
+    "tensorboard": "tensorboard",
+    "torchvision": "transforms",
+    "trackio": "trackio",
+    "wandb": "wandb",
+}
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
@@ -229,21 +254,27 @@ def part_of(annotation: object) -> PartOf | None:
     return next((item for item in getattr(annotation, "__metadata__", ()) if isinstance(item, PartOf)), None)
 
 
-def dump(value: Any) -> Any:
-    """A config value as plain JSON data, fit to be kept: a part becomes its name and options, URLs lose secrets."""
+def dump(value: Any, *, whole: bool = False) -> Any:
+    """A config value as plain JSON data, fit to be kept: a part becomes its name and options, URLs lose secrets.
+
+    Args:
+        value: a config, a part, or a value in one.
+        whole: whether URLs stay as they are; such data is not to be kept or shown.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: dump(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        fields = {f.name: dump(getattr(value, f.name), whole=whole) for f in dataclasses.fields(value) if f.init}
         name = _name_of(type(value))
         return {"name": name, **fields} if name else fields
     if isinstance(value, Mapping):
-        return {str(key): dump(item) for key, item in value.items()}
+        return {str(key): dump(item, whole=whole) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [dump(item) for item in value]
-    if isinstance(value, str) and scheme_of(value):
-        return shown(value)
-    if value is None or isinstance(value, bool | int | float | str):
+        return [dump(item, whole=whole) for item in value]
+    if value is None or isinstance(value, bool | int | float):
         return value
-    return str(value)
+    text = str(value)
+    if whole:
+        return text
+    return shown(text) if scheme_of(text) else bare(text)
 
 
 def _name_of(cls: type[Any]) -> str | None:

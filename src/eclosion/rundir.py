@@ -1,12 +1,13 @@
 """Names and paths inside a run folder. Nothing else spells them."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from eclosion.errors import ConfigError
 
-__all__ = ["LEGEND", "RunDir"]
+__all__ = ["LEGEND", "RunDir", "is_config", "step_of"]
 
 # The key under which a grid's PNG says how it is to be read.
 LEGEND = "legend"
@@ -88,6 +89,42 @@ class RunDir:
         """Folder with the bundle that replays a step whose loss was not finite."""
         return self.root / "replay"
 
+    @property
+    def start(self) -> Path:
+        """Folder with what the run was told to start from, fetched from elsewhere."""
+        return self.root / "start"
+
+    @property
+    def outbox(self) -> Path:
+        """Folder with checkpoints on their way to savers."""
+        return self.tracking / "outbox"
+
+    @property
+    def saved(self) -> Path:
+        """Which checkpoints savers have been given, as JSON."""
+        return self.tracking / "saved.json"
+
+    @property
+    def tracking(self) -> Path:
+        """Folder with what stands between this run and services that are told of it."""
+        return self.root / "tracking"
+
+    def follower(self, name: str) -> Path:
+        """Where the run stands at a service, as JSON: its id and address there, and how far it has been told."""
+        return self.tracking / f"{name}.json"
+
+    def holds_run(self) -> bool:
+        """Whether the config in the folder is one that a run wrote; other programs call theirs so too."""
+        try:
+            return is_config(self.config.read_bytes())
+        except OSError:
+            return False
+
+    def own_names(self) -> frozenset[str]:
+        """The names in the folder that are a run's own; others are anybody's."""
+        paths: list[Path] = [getattr(self, name) for name, item in vars(RunDir).items() if isinstance(item, property)]
+        return frozenset(path.relative_to(self.root).parts[0] for path in paths)
+
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint taken after `step` optimizer updates."""
         return self.checkpoints / f"step-{step:08d}"
@@ -106,6 +143,15 @@ class RunDir:
         if not path.is_relative_to(self.root.resolve()):
             raise ConfigError(f"{name!r} leads outside the run folder {self.root}. Give a path inside it.")
         return path
+
+
+def is_config(content: bytes) -> bool:
+    """Whether the content of a config.json is one that a run wrote."""
+    try:
+        config = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and {"output", "data", "task", "train"} <= config.keys()
 
 
 def step_of(folder: Path) -> int | None:

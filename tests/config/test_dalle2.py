@@ -66,9 +66,12 @@ def problems(changes=(), base=BASE):
 UNET = "decoder.unets[0]."
 TEXT = {UNET + "cond_on_text_encodings": True, "data.text_embeddings_url": "text"}
 NOISY = {"decoder.use_noise_for_lowres_cond": True}
-WANDB = {"tracker.log.log_type": "wandb", "tracker.log.wandb_entity": "a", "tracker.log.wandb_project": "b"}
+WANDB = {"tracker.log[0].log_type": "wandb", "tracker.log[0].wandb_entity": "a", "tracker.log[0].wandb_project": "b"}
 CLIP = {"data.img_embeddings_url": None, "decoder.clip": {}}
-RESUMED = {"tracker.load.only_auto_resume": True}
+LOADED = {"tracker.load.load_from": "local", "tracker.load.file_path": "a.pth"}
+FROM_HUB = {"tracker.load.load_from": "huggingface", "tracker.load.huggingface_repo": "a/b"}
+TO_HUB_SAVE = {"save_to": "huggingface", "huggingface_repo": "a/b"}
+TO_HUB = {"tracker.save[0].save_to": "huggingface", "tracker.save[0].huggingface_repo": "a/b"}
 SAVE = {"tracker.save[0].save_latest_to": "a.pth"}
 DDIM = {"decoder.sample_timesteps": 10}
 
@@ -205,8 +208,48 @@ OBEYED = {
     # tracker
     "tracker.data_path": ("here", {}),
     "tracker.overwrite_data_path": (True, {}),
-    "tracker.log.log_type": ("tensorboard", {}),
+    "tracker.log[0].log_type": ("tensorboard", {}),
+    "tracker.log[0].resume": (True, {**WANDB, "tracker.log[0].wandb_run_id": "x"}),
+    "tracker.log[0].auto_resume": (True, WANDB),
+    "tracker.log[0].verbose": (True, WANDB),
+    "tracker.log[0].wandb_entity": ("x", WANDB),
+    "tracker.log[0].wandb_project": ("x", WANDB),
+    "tracker.log[0].wandb_run_name": ("x", WANDB),
+    "tracker.log[0].wandb_run_id": (
+        "y",
+        {**WANDB, "tracker.log[0].resume": True, "tracker.log[0].wandb_run_id": "x"},
+    ),
+    "tracker.load.load_from": ("local", {"tracker.load.file_path": "a.pth"}),
+    "tracker.load.only_auto_resume": (True, LOADED),
+    "tracker.load.file_path": ("b.pth", LOADED),
+    "tracker.load.url": (
+        "https://a/c.pth",
+        {"tracker.load.load_from": "url", "tracker.load.url": "https://a/b.pth"},
+    ),
+    "tracker.load.wandb_file_path": (
+        "b.pth",
+        {
+            "tracker.load.load_from": "wandb",
+            "tracker.load.wandb_file_path": "a.pth",
+            "tracker.load.wandb_run_path": "a/b/c",
+        },
+    ),
+    "tracker.load.wandb_run_path": (
+        "a/b/c",
+        {"tracker.load.load_from": "wandb", "tracker.load.wandb_file_path": "a.pth"},
+    ),
+    "tracker.load.huggingface_repo": ("c/d", FROM_HUB),
+    "tracker.load.huggingface_file_path": ("latest.pth", FROM_HUB),
+    "tracker.load.token_path": ("token", FROM_HUB),
+    "tracker.save": ({"save_to": "local", "save_latest_to": "a.pth"}, {}),
+    "tracker.save[0].save_to": ("wandb", {**SAVE, **WANDB}),
+    "tracker.save[0].save_latest_to": ("b.pth", SAVE),
     "tracker.save[0].save_best_to": ("best.pth", SAVE),
+    "tracker.save[0].save_meta_to": ("meta", SAVE),
+    "tracker.save[0].save_type": ("model", SAVE),
+    "tracker.save[0].huggingface_repo": ("c/d", {**SAVE, **TO_HUB}),
+    "tracker.save[0].token_path": ("token", {**SAVE, **TO_HUB}),
+    "tracker.save[0].wandb_run_path": ("a/b/c", {**SAVE, "tracker.save[0].save_to": "wandb", **WANDB}),
 }
 # Keys that change nothing of the run, and are named: a value, and what else has to be.
 NAMED = {
@@ -234,26 +277,6 @@ NAMED = {
         for metric in ("FID", "IS", "KID", "LPIPS")
         for key, value in TORCHMETRICS.items()
     },
-    "tracker.log.resume": (True, {}),
-    "tracker.log.auto_resume": (False, {}),
-    "tracker.log.verbose": (False, {}),
-    "tracker.log.wandb_entity": ("x", {}),
-    "tracker.log.wandb_project": ("x", {}),
-    "tracker.log.wandb_run_name": ("x", {}),
-    "tracker.log.wandb_run_id": ("x", {}),
-    "tracker.load.load_from": ("local", {**RESUMED, "tracker.load.file_path": "a.pth"}),
-    "tracker.load.file_path": ("a.pth", {}),
-    "tracker.load.url": ("https://a/b.pth", {}),
-    "tracker.load.wandb_file_path": ("a.pth", {}),
-    "tracker.load.wandb_run_path": ("a/b/c", {}),
-    "tracker.save": ({"save_to": "local", "save_latest_to": "a.pth"}, {}),
-    "tracker.save[0].save_to": ("wandb", SAVE),
-    "tracker.save[0].save_latest_to": ("b.pth", SAVE),
-    "tracker.save[0].save_meta_to": ("meta", SAVE),
-    "tracker.save[0].save_type": ("model", SAVE),
-    "tracker.save[0].huggingface_repo": ("a/b", SAVE),
-    "tracker.save[0].token_path": ("token", SAVE),
-    "tracker.save[0].wandb_run_path": ("a/b/c", SAVE),
     "tracker.save[0].save_all": (True, SAVE),
     "tracker.save[0].save_latest": (True, SAVE),
     "tracker.save[0].save_best": (True, SAVE),
@@ -269,7 +292,6 @@ DECISIVE = {
     UNET + "init_dim": (8, {}),
     "decoder.channels": (1, {}),
     "decoder.vae": ({}, {}),
-    "tracker.load.only_auto_resume": (False, {**RESUMED, "tracker.load.load_from": "url", "tracker.load.url": "a"}),
 }
 GROUPS = {"decoder", "decoder.unets", "data", "train", "evaluate", "tracker", "tracker.log", "tracker.load"}
 
@@ -304,8 +326,7 @@ def test_each_key_that_changes_nothing_is_named(key):
     (before, _), (after, said) = outcome(without), outcome(with_it)
     assert after is not None, said
     assert before == after
-    named = key.removesuffix(".save")
-    assert [note for note in said if re.search(re.escape(named) + r"\b", note)], said
+    assert [note for note in said if re.search(re.escape(key) + r"\b", note)], said
 
 
 @pytest.mark.parametrize("key", DECISIVE)
@@ -320,7 +341,8 @@ def keys_of(cls, prefix=""):
     for field in dataclasses.fields(cls):
         yield f"{prefix}{field.name}"
         for name, inside in vars(dalle2_schema).items():
-            if dataclasses.is_dataclass(inside) and re.search(rf"\b{name}\b", str(field.type)):
+            ours = dataclasses.is_dataclass(inside) and inside.__module__ == dalle2_schema.__name__
+            if ours and re.search(rf"\b{name}\b", str(field.type)):
                 many = "[0]" if str(field.type).startswith(("list", "typing.Annotated[list")) else ""
                 yield from keys_of(inside, f"{prefix}{field.name}{many}.")
 
@@ -553,6 +575,54 @@ def test_one_place_to_save_to_may_stand_without_a_list():
     assert not tree()["checkpoint"]["keep_best"]
 
 
+def test_one_logger_may_stand_without_a_list_and_several_are_named_in_one():
+    wandb = {"log_type": "wandb", "wandb_entity": "a", "wandb_project": "b", "resume": True, "wandb_run_id": "c"}
+    assert tree({"tracker.log": wandb}) == tree({"tracker.log": [wandb]})
+    told = {"name": "wandb", "entity": "a", "project": "b", "run_name": None, "run_id": "c"}
+    told |= {"resume": True, "auto_resume": False}
+    silent, loud = {"name": "console", "numbers": False}, {"name": "console", "numbers": True}
+    assert tree({"tracker.log": wandb})["track"]["log"] == [silent, told]
+    assert tree({"tracker.log": {**wandb, "verbose": True}})["track"]["log"] == [loud, told]
+    several = [wandb, {"log_type": "tensorboard"}, {"log_type": "console"}]
+    assert tree({"tracker.log": several})["track"]["log"] == [loud, {"name": "tensorboard"}, told]
+
+
+def test_paths_to_save_to_are_those_that_are_given():
+    local = {"save_to": "local", "save_latest_to": True, "save_best_to": True, "save_meta_to": "about"}
+    paths = {"latest": "latest.pth", "best": "best.pth", "meta": "about"}
+    assert tree({"tracker.save": local})["track"]["save"] == [{"name": "local", **paths, "kind": "checkpoint"}]
+    split = {**local, "save_best_to": "/models/{epoch}.pth", "save_type": "model"}
+    assert tree({"tracker.save": split})["track"]["save"] == [
+        {"name": "local", "latest": "latest.pth", "meta": "about", "kind": "model"},
+        {"name": "local", "root": "/models", "best": "{epoch}.pth", "kind": "model"},
+    ]
+
+
+def test_without_validation_no_checkpoint_is_the_best():
+    changes = {"data.splits": {"train": 1.0, "val": 0.0, "test": 0.0}, "tracker.save": {"save_best_to": "a"}}
+    assert tree(changes)["track"]["save"] == []
+    assert any("no best checkpoint" in note for note in notes(changes))
+    assert validate(tree(changes))
+
+
+def test_without_a_path_a_run_at_wandb_is_the_one_that_numbers_go_to():
+    load = {"tracker.load.load_from": "wandb", "tracker.load.wandb_file_path": "latest.pth"}
+    assert tree({**load, **WANDB})["start"]["run_path"] is None  # the run folder knows it
+    one = {**WANDB, "tracker.log[0].wandb_run_id": "c"}
+    assert tree({**load, **one, "tracker.log[0].resume": True})["start"]["run_path"] == "a/b/c"
+    assert tree({**load, **one})["start"]["run_path"] is None
+    assert "tracker.log[0].wandb_run_id is accepted, and has no effect: resume is false." in notes(one)
+    assert tree({**load, "tracker.load.wandb_run_path": "d/e/f"})["start"]["run_path"] == "d/e/f"
+
+
+@pytest.mark.parametrize(("resume", "auto_resume", "told"), [(False, True, set()), (True, False, {"resume", "auto_"})])
+def test_that_a_run_goes_on_is_said_where_the_config_says_otherwise(resume, auto_resume, told):
+    said = notes({"tracker.log": {"log_type": "console", "resume": resume, "auto_resume": auto_resume}})
+    found = [note for note in said if "a run that is not finished always goes on" in note]
+    assert all(f"tracker.log[0].{key}" in found[0] for key in told)
+    assert bool(found) == bool(told)
+
+
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
@@ -643,7 +713,7 @@ def test_unknown_keys_are_told_all_at_once_with_their_paths():
             "data.embeddings_url": "x",
             "train.learning_rate": 1e-3,
             "evaluate.FID": {"featur": 64},
-            "tracker.log.wandb_resume": True,
+            "tracker.log[0].wandb_resume": True,
             "tracker.save": {"save_latest_to": "x", "save_lates_to": "x"},
             "sead": 3,
         }
@@ -655,7 +725,7 @@ def test_unknown_keys_are_told_all_at_once_with_their_paths():
         "data.embeddings_url is not an option. Did you mean 'img_embeddings_url'",
         "train.learning_rate is not an option.",
         "evaluate.FID.featur is not an option. Did you mean 'feature'",
-        "tracker.log.wandb_resume is not an option. Did you mean 'wandb_run_name'",
+        "tracker.log[0].wandb_resume is not an option. Did you mean 'wandb_run_name'",
         "tracker.save[0].save_lates_to is not an option. Did you mean 'save_latest_to'",
         "sead is not an option. Did you mean 'seed'",
     ]
@@ -888,21 +958,43 @@ REFUSED = [
         "evaluate.LPIPS.net_type is 'vg', and must be one of: alex, vgg, squeeze.",
     ),
     (
-        {"tracker.log.log_type": "wandb", "tracker.log.wandb_project": "x"},
-        "tracker.log.wandb_entity is required: log_type is 'wandb'.",
+        {"tracker.log[0].log_type": "wandb", "tracker.log[0].wandb_project": "x"},
+        "tracker.log[0].wandb_entity is required: log_type is 'wandb'.",
     ),
     (
-        {"tracker.log.log_type": "consol"},
-        "tracker.log.log_type is 'consol', and must be a logger. Did you mean 'console'? Options: console, "
-        "tensorboard, "
-        "wandb.",
+        {"tracker.log[0].log_type": "consol"},
+        "tracker.log[0].log_type is 'consol', and must be a logger. Did you mean 'console'? Options: console, "
+        "tensorboard, trackio, wandb.",
     ),
-    ({**WANDB, "tracker.log.resume": True}, "tracker.log.wandb_run_id is required: log_type is 'wandb'."),
+    ({**WANDB, "tracker.log[0].resume": True}, "tracker.log[0].wandb_run_id is required: resume is true."),
     ({"tracker.load.load_from": "local"}, "tracker.load.file_path is required: load_from is 'local'."),
     (
-        {"tracker.load.load_from": "local", "tracker.load.file_path": "a.pth"},
-        "tracker.load starts from a checkpoint of DALLE2-pytorch, and training does not read those. Bring it over with "
-        "`eclosion import`, and remove tracker.load.",
+        {"tracker.load.load_from": "huggingface", "tracker.load.file_path": "a.pth"},
+        "tracker.load.huggingface_repo is required: load_from is 'huggingface'.",
+    ),
+    (
+        {"tracker.log": [{"log_type": "console"}, {"log_type": "console"}]},
+        "tracker.log names console 2 times. Name each logger once.",
+    ),
+    (
+        {"tracker.save": {"save_to": "wandb", "save_latest_to": "a"}},
+        "tracker.save[0].wandb_run_path is required: save_to is 'wandb', and tracker.log names no wandb.",
+    ),
+    (
+        {"tracker.save": {"save_latest_to": "a/{next_task}.pth"}},
+        "tracker.save[0].save_latest_to: {next_task} is not known in a path. Options: ",
+    ),
+    (
+        {"tracker.save": {"save_best_to": "../best.pth"}},
+        "tracker.save[0].save_best_to: '../best.pth' leads elsewhere: give a path without '..'",
+    ),
+    (
+        {"tracker.save": {"save_meta_to": "/a/../b"}},
+        "tracker.save[0].save_meta_to: 'a/../b' leads elsewhere: give a path without '..'",
+    ),
+    (
+        {"tracker.save": {**TO_HUB_SAVE, "save_latest_to": "/a"}},
+        "tracker.save[0].save_latest_to: '/a' leads elsewhere: give a path without '..' that is relative",
     ),
     (
         {"tracker.save": [{"save_to": "local"}]},
@@ -1040,9 +1132,9 @@ def test_a_prior_is_said_to_be_not_there_yet():
 
 def test_a_secret_in_a_url_is_not_said():
     url = "https://me:secret@a/b.pth?token=secret"
-    changes = {**RESUMED, "tracker.load.load_from": "url", "tracker.load.url": url, "data.img_embeddings_url": url}
+    changes = {"tracker.load.load_from": "url", "tracker.load.url": url, "data.img_embeddings_url": url}
     assert not any("secret" in note for note in notes(changes))
-    assert not any("secret" in problem for problem in problems({**changes, "tracker.load.only_auto_resume": False}))
+    assert not any("secret" in problem for problem in problems({**changes, "tracker.load.only_auto_resume": "often"}))
 
 
 VALUES = {key: value for key, (value, _) in (OBEYED | NAMED | DECISIVE).items()}

@@ -41,8 +41,8 @@ def test_all_problems_are_told_at_once_each_with_its_path():
     }
     assert sorted(problems(wrong)) == sorted(
         [
-            "trian is not an option. Did you mean 'train'? Options: checkpoint, data, ema, evaluate, export, "
-            "optimizer, output, overwrite, sample, seed, task, track, train, validate.",
+            "trian is not an option. Did you mean 'train'? Options: checkpoint, data, ema, evaluate, export, hub, "
+            "optimizer, output, overwrite, sample, seed, start, task, track, train, validate.",
             "data.image_size is [1, 2, 3], and must be int >= 1 or [int >= 1, int >= 1].",
             "data.horizontal_flip is 'maybe', and must be true or false.",
             "data.source.roott is not an option of 'folder'. Did you mean 'root'? Options: caption_column, "
@@ -55,7 +55,7 @@ def test_all_problems_are_told_at_once_each_with_its_path():
             "ema.decays[1] is 1.5, and must be float >= 0 and < 1.",
             "sample.sampler.eta is 3, and must be float >= 0 and <= 1.",
             "track.log[1]: 'tensorbord' is not one of the loggers. Did you mean 'tensorboard'? "
-            "Options: console, tensorboard.",
+            "Options: console, tensorboard, trackio, wandb.",
         ]
     )
 
@@ -86,7 +86,11 @@ def test_all_problems_are_told_at_once_each_with_its_path():
         ("optimizer.learning_rate", "1e-3", "optimizer.learning_rate is '1e-3', and must be float > 0."),
         ("optimizer.betas", [0.9], "optimizer.betas"),
         ("track.log", "console", "track.log is 'console', and must be list of loggers."),
-        ("track.log", [{"name": "console", "x": 1}], "track.log[0].x is not an option of 'console', which has none."),
+        (
+            "track.log",
+            [{"name": "tensorboard", "x": 1}],
+            "track.log[0].x is not an option of 'tensorboard', which has none.",
+        ),
         ("task.model", {"preset": "huge"}, "task.model.preset is 'huge', and must be one of: tiny, small, tutorial"),
         ("task.loss", {"kid": "l1"}, "task.loss.kid is not an option. Did you mean 'kind'? Options: huber_delta, kind"),
         (

@@ -58,11 +58,34 @@ def test_the_tutorials_object_becomes_the_tutorials_run():
     assert loaded.origins["data.crop"] == "default"
 
 
-def test_pushing_to_the_hub_is_accepted_and_said_to_do_nothing():
-    assert load(config()).notes == (
-        "push_to_hub is accepted and has no effect yet: nothing is uploaded. Use huggingface_hub on output_dir.",
-    )
+def test_the_name_that_the_tutorial_leaves_to_be_filled_in_is_not_pushed_to():
+    loaded = load(config())
+    assert loaded.run.hub is None
+    (note,) = loaded.notes
+    assert note.startswith("push_to_hub: nothing is pushed, as hub_model_id is '<your-username>/<my-awesome-model>'")
     assert load(config(push_to_hub=False)).notes == ()
+
+
+@pytest.mark.parametrize(("wished", "private"), [(None, True), (True, True), (False, False)])
+def test_pushing_to_the_hub_is_private_unless_it_is_said_to_be_public(wished, private):
+    loaded = load(config(hub_model_id="ada/butterflies", hub_private_repo=wished))
+    assert (loaded.run.hub.repo, loaded.run.hub.private) == ("ada/butterflies", private)
+    assert loaded.notes == ()
+
+
+def test_without_a_name_the_repository_is_called_as_the_folder_is():
+    assert load(config(hub_model_id=None, output_dir="runs/ddpm-butterflies")).run.hub.repo == "ddpm-butterflies"
+
+
+def test_nothing_is_pushed_unless_it_is_asked_for():
+    assert load({"image_size": 32, "num_epochs": 1, "dataset_name": "a/b"}).run.hub is None
+    assert load(config(push_to_hub=False, hub_model_id="ada/butterflies")).run.hub is None
+
+
+@pytest.mark.parametrize(("key", "value"), [("hub_model_id", "a/b/c"), ("output_dir", "runs/my model")])
+def test_what_cannot_name_a_repository_is_told_in_the_tutorials_words(key, value):
+    with pytest.raises(ConfigError, match=f"^{key}: .* is not the name of a repository"):
+        load(config(**{"hub_model_id": None, key: value}))
 
 
 def test_accumulation_makes_a_step_of_several_forward_passes():

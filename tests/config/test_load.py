@@ -1,6 +1,7 @@
 """From a file, a mapping or an object to a checked config."""
 
 import json
+import re
 
 import pytest
 
@@ -184,3 +185,28 @@ def test_a_config_that_is_nested_too_deep_for_a_check_is_refused():
         deep = {"a": deep}
     with pytest.raises(ConfigError, match=r"^config: is nested deeper than any config is\.$"):
         load({"output": "x", "data": {"source": "butterflies", "preprocessing": {"ToTensor": deep}}})
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"track": {"log": ["tensorboard", "tensorboard"]}}, "log names tensorboard twice"),
+        (
+            {"track": {"save": [{"name": "local", "latest": "a"}, {"name": "local", "best": "./a"}]}},
+            "the path 'a' twice",
+        ),
+        ({"track": {"save": [{"name": "local", "best": "a"}]}}, "which nothing decides: set validate.every"),
+        (
+            {"track": {"save": [{"name": "local", "best": "a"}]}, "checkpoint": {"best": "kid"}},
+            "which nothing decides: set evaluate.every",
+        ),
+        (
+            {"track": {"save": [{"name": "local", "best": "a"}]}, "checkpoint": {"keep_best": False}},
+            "checkpoint.keep_best is false",
+        ),
+        ({"track": {"save": [{"name": "local", "latest": "{best_validation_loss:.3f}"}]}}, "only with validate.every"),
+    ],
+)
+def test_savers_and_loggers_that_do_not_go_together_are_refused(sections, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load({"output": "runs/a", "data": {"source": "butterflies"}, **sections})

@@ -513,3 +513,102 @@ def test_a_local_file_is_copied_and_its_change_is_seen(tmp_path):
     source.unlink()
     with pytest.raises(NotFound):
         download(place, tmp_path / "copy2")
+
+
+# --- gone on with by the next process --------------------------------------------------------------------------------
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def broken_off(server, tmp_path, num_bytes=250_000):
+    """What a download leaves whose server goes away."""
+    server.faults, server.for_ever = [cut(num_bytes), status(503)], True
+    with pytest.raises(EnvironmentProblem):
+        download(stat(server.url), tmp_path / "0.tar", patience=SOON_OVER, resume=True)
+    assert names(tmp_path) == ["0.tar.partial", "0.tar.partial.json"]
+    server.faults, server.for_ever = [], False
+    server.requests.clear()
+
+
+def test_what_a_failure_left_is_gone_on_with_when_asked(server, tmp_path):
+    broken_off(server, tmp_path)
+    assert SECRET not in (tmp_path / "0.tar.partial.json").read_text()
+    download(stat(server.url), tmp_path / "0.tar", resume=True)
+    assert server.ranges() == ["bytes=250000-"]
+    assert (tmp_path / "0.tar").read_bytes() == DATA
+    assert names(tmp_path) == ["0.tar"]
+
+
+def test_what_is_left_of_another_version_is_not_gone_on_with(server, tmp_path):
+    broken_off(server, tmp_path)
+    server.data, server.headers = OTHER, {"ETag": '"two"'}
+    download(stat(server.url), tmp_path / "0.tar", resume=True)
+    assert server.ranges() == [None]
+    assert (tmp_path / "0.tar").read_bytes() == OTHER
+
+
+def test_a_checksum_covers_what_another_process_fetched(server, tmp_path):
+    server.headers = {"ETag": f'"{hashlib.md5(DATA).hexdigest()}"', "x-amz-request-id": "1"}
+    broken_off(server, tmp_path)
+    raw = bytearray((tmp_path / "0.tar.partial").read_bytes())
+    raw[1000] ^= 1
+    (tmp_path / "0.tar.partial").write_bytes(raw)
+    download(stat(server.url), tmp_path / "0.tar", patience=QUICK, resume=True)
+    assert (tmp_path / "0.tar").read_bytes() == DATA
+
+
+@pytest.mark.parametrize("journal", [None, b"", b"[]", b'{"position": 10}', b"[" * 50_000])
+def test_without_a_word_of_what_is_durable_nothing_is_believed(journal, server, tmp_path):
+    broken_off(server, tmp_path)
+    path = tmp_path / "0.tar.partial.json"
+    path.unlink() if journal is None else path.write_bytes(journal)
+    (tmp_path / "0.tar.partial").write_bytes(bytes(500_000))
+    download(stat(server.url), tmp_path / "0.tar", resume=True)
+    assert server.ranges() == [None]
+    assert (tmp_path / "0.tar").read_bytes() == DATA
+
+
+def test_a_file_that_had_come_whole_before_a_kill_needs_only_its_last_byte(server, tmp_path):
+    broken_off(server, tmp_path, num_bytes=399_999)
+    (tmp_path / "0.tar.partial").write_bytes(DATA)
+    left = tmp_path / "0.tar.partial.json"
+    left.write_text(left.read_text().replace("399999", "400000"))
+    download(stat(server.url), tmp_path / "0.tar", resume=True)
+    assert server.ranges() == ["bytes=399999-"]
+    assert (tmp_path / "0.tar").read_bytes() == DATA
+
+
+def stall(num_bytes):
+    def fault(handler):
+        handler.serve(with_body=False)
+        handler.wfile.write(DATA[:num_bytes])
+        handler.wfile.flush()
+        silence(handler)
+
+    return fault
+
+
+def test_a_killed_download_loses_at_most_what_came_since_the_last_word(server, tmp_path):
+    server.faults = [stall(300_000)]
+    code = f"""
+from pathlib import Path
+from eclosion.data import download as module
+from eclosion.data.remote import stat
+module.KEPT_EVERY = 50_000
+module.download(stat({server.url!r}), Path({str(tmp_path)!r}) / "0.tar", resume=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code])
+    for _ in range(3000):
+        part = tmp_path / "0.tar.partial"
+        if part.exists() and part.stat().st_size >= 300_000:
+            break
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    server.requests.clear()
+    download(stat(server.url), tmp_path / "0.tar", resume=True)
+    [asked] = server.ranges()
+    assert 50_000 <= int(asked.removeprefix("bytes=").removesuffix("-")) <= 300_000
+    assert (tmp_path / "0.tar").read_bytes() == DATA

@@ -52,7 +52,9 @@ def test_lines_are_kept_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("name", LOGGERS)
-def test_every_logger_takes_a_whole_run(name, tmp_path, capsys):
+def test_every_logger_takes_a_whole_run(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     run = RunDir(tmp_path)
     tracker = make_tracker(run, name)
     tracker.start(0)

@@ -4,18 +4,15 @@ import json
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from eclosion import check, train
 from eclosion.config.load import read_file
-from eclosion.data.clipart import ClipartSource
 from eclosion.data.source import part_of_data
 from eclosion.rundir import RunDir
 from eclosion.sampling import load_trained, make_images, to_uint8
 from eclosion.sampling.examples import from_samples, prepared
-from eclosion.sharding import shard
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "configs").glob("dalle2*.json"))
 
@@ -27,17 +24,6 @@ SAMPLERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    """Clip art in shards, with embeddings of as many numbers as the examples say."""
-    folder = tmp_path_factory.mktemp("shards")
-    samples = ClipartSource().open()
-    embeddings = np.random.default_rng(0).standard_normal((len(samples), 1280), np.float32)
-    np.save(folder / "embeddings.npy", embeddings)
-    shard(samples, folder / "clipart", samples_per_shard=64, image_embeddings=folder / "embeddings.npy")
-    return folder / "clipart"
-
-
 def example(path, shards):
     """An example with its paths to the shards replaced."""
     config = read_file(path)
@@ -47,7 +33,8 @@ def example(path, shards):
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_each_example_trains(path, shards, tmp_path):
+def test_each_example_trains(path, shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the example saves to
     config = tmp_path / "config.json"
     config.write_text(json.dumps(example(path, shards)))
     overrides = [

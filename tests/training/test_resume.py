@@ -11,6 +11,8 @@ import pytest
 
 from eclosion import ConfigError, train
 from eclosion.errors import Interrupted
+from eclosion.rundir import RunDir
+from eclosion.training.origin import REMOVED, clear
 
 
 def wait_for(path, seconds=60):
@@ -127,13 +129,40 @@ def test_never_refuses_a_folder_that_holds_a_run(make_config, uninterrupted, tmp
 def test_overwrite_replaces_a_finished_run_and_nothing_else(make_config, uninterrupted, results, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
-    (run / "mine.txt").write_text("keep me")
+    mine = ["mine.txt", "samples/mine.png", "checkpoints/mine/weights.pt", "evaluations/mine.txt"]
+    theirs = ["results.json", "evaluations/step-00000012/a.png", "start/a", "checkpoints/.partial-7-a/a"]
+    for name in [*mine, *theirs]:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(name)
     train({**make_config(run), "overwrite": True})
     events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
     assert events[0] == "replaced the run at step-00000012"
     assert events[1].startswith("training from scratch")
-    assert (run / "mine.txt").read_text() == "keep me"
+    assert [(run / name).read_text() for name in mine] == mine
+    assert not any((run / name).exists() for name in theirs)
+    (run / "checkpoints" / "mine" / "weights.pt").unlink()
     assert results(run) == results(uninterrupted)
+
+
+def test_what_stood_in_the_checkpoints_of_a_run_survives_a_kill_while_they_are_removed(uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    (run / "checkpoints" / "mine.pt").write_text("mine")
+    (run / "checkpoints").rename(run / REMOVED)  # and killed
+    clear(RunDir(run))
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "lock"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["mine.pt"]
+
+
+def test_a_folder_whose_config_no_run_wrote_is_refused_and_left_as_it_is(make_config, tmp_path):
+    run = tmp_path / "run"
+    files = {"config.json": '{"_class_name": "UNet2DModel"}', "checkpoints/mine.pt": "mine", "samples/a.png": "mine"}
+    for name, text in files.items():
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json: no run wrote that"):
+        train(make_config(run))
+    assert {name: (run / name).read_text() for name in files} == files
 
 
 def test_another_runs_checkpoint_can_be_the_start(make_config, uninterrupted, results, tmp_path):

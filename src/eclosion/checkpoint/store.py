@@ -1,7 +1,7 @@
 """The checkpoints of one run: save without a stall, take the newest valid one, prune."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -63,6 +63,7 @@ class CheckpointStore:
         *,
         keep: int | None = None,
         wait: bool = False,
+        then: Callable[[Path], None] | None = None,
     ) -> Path:
         """Take a snapshot and write it in the background; what is passed in may change as soon as this returns.
 
@@ -72,6 +73,7 @@ class CheckpointStore:
             step, files, state, meta: what is saved.
             keep: the step of another checkpoint that stays when old ones are removed after this save.
             wait: whether to wait for the disk.
+            then: called with the folder, in the thread that wrote it, when it is whole on disk.
 
         Returns:
             The folder that the checkpoint gets.
@@ -82,16 +84,26 @@ class CheckpointStore:
         self._wait()
         self._snapshot = _snapshot(files, self._snapshot)
         folder = self.run.checkpoint(step)
-        self._saving = self._writer.submit(self._write, folder, self._snapshot, _frozen(state), _frozen(meta), keep)
+        self._saving = self._writer.submit(
+            self._write, folder, self._snapshot, _frozen(state), _frozen(meta), keep, then
+        )
         if wait:
             self._wait()
         return folder
 
     def _write(
-        self, folder: Path, files: Files, state: Mapping[str, Any], meta: Mapping[str, Any], keep: int | None
+        self,
+        folder: Path,
+        files: Files,
+        state: Mapping[str, Any],
+        meta: Mapping[str, Any],
+        keep: int | None,
+        then: Callable[[Path], None] | None,
     ) -> None:
         storage.write(folder, files, state, meta)
         self._verified.add(folder)
+        if then is not None:
+            then(folder)
         self._prune(keep)
 
     @property

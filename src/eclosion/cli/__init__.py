@@ -9,7 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from eclosion.errors import ConfigError, Interrupted, UserError
+from eclosion.redaction import CleanedStream
 
 __all__ = ["main"]
 
@@ -54,6 +55,11 @@ def main() -> None:
     0 is success, 2 a wrong setting, 3 wrong data, 4 a problem of the machine, 5 too little memory, 130 and 143
     a run that a signal stopped after it was saved, and 1 everything else.
     """
+    with redirect_stdout(CleanedStream(sys.stdout)), redirect_stderr(CleanedStream(sys.stderr)):
+        _main()
+
+
+def _main() -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     warnings.showwarning = _show_warning
@@ -314,6 +320,40 @@ def export(
     from eclosion.exporting import export
 
     print(f"Pipeline: {export(run, out, pipeline=pipeline, checkpoint=checkpoint)}")
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="A run folder, one checkpoint in it, or the folder of a pipeline.")],
+    repo: Annotated[str, typer.Argument(help="owner/name, or name for one of your own; made if it is not there.")],
+    kind: Annotated[
+        Literal["pipeline", "checkpoint", "model"],
+        typer.Option(help="For diffusers; to go on training from; or the averaged weights alone."),
+    ] = "pipeline",
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see it; private if not given.")] = False,
+    pipeline: Annotated[
+        Literal["ddpm", "ddim", "unclip"] | None, typer.Option(help="Which pipeline; the task's first if left out.")
+    ] = None,
+    checkpoint: Annotated[
+        str, typer.Option(metavar="latest|best|STEP", help="Which checkpoint of the run.")
+    ] = "latest",
+    token_file: Annotated[
+        Path | None, typer.Option(help="A file of mode 0600 with the token, for when HF_TOKEN is not set.")
+    ] = None,
+) -> None:
+    """Send a trained run to the Hugging Face hub, in one commit, and see that it is there and who may see it."""
+    from eclosion.pushing import push
+
+    pushed = push(
+        run,
+        repo,
+        kind=kind,
+        private=not public,
+        pipeline=pipeline,
+        checkpoint=checkpoint,
+        token_path=token_file,
+    )
+    print(f"{'Public' if public else 'Private'}: {pushed.url}, commit {pushed.commit}")
 
 
 @app.command("import")
@@ -608,6 +648,29 @@ def stats(
     _, facts = read_statistics(path, "out")
     print(f"{facts.num_images:,} images, features of {facts.num_kept:,} with {facts.dim:,} numbers each: {path}")
     print(f"extractor {facts.extractor.get('name')}, weights {facts.weights}, resize {facts.resize}")
+
+
+@app.command()
+def sync(
+    run: Annotated[Path, typer.Argument(help="A run folder that no process writes to.")],
+    log: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[,OPTION=VALUE...],...",
+            help="Such as wandb,project=birds,tensorboard; the run's own if not given.",
+        ),
+    ] = None,
+) -> None:
+    """Send what loggers do not know yet of a run: after a service was down, or to one that it never had."""
+    from eclosion.tracking.syncing import sync
+
+    for done in sync(run, log=log):
+        where = f": {done.url}" if done.url else ""
+        print(
+            f"{done.logger} knows {run} up to step {done.step}{where}"
+            if done.step >= 0
+            else f"{run} has no numbers yet"
+        )
 
 
 @app.command()

@@ -65,6 +65,8 @@ FREE = (
     "evaluate",
     "checkpoint",
     "track",
+    "start",
+    "hub",
 )
 # Free keys that decide in which order numbers are added: the run goes on as before, but for its last bits.
 ROUNDING = ("train.micro_batch_size", "train.channels_last", "train.compile", "train.parallel", "train.deterministic")

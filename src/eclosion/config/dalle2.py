@@ -27,6 +27,7 @@ from eclosion.config.dalle2_per_unet import (
     text_dims,
 )
 from eclosion.config.dalle2_schema import Decoder, DecoderFile, Train
+from eclosion.config.dalle2_tracker import start_tree, track_tree
 from eclosion.config.dalle2_unet import unet_options
 from eclosion.config.dialect import Dialect, Translation
 from eclosion.config.explain import checked, left_out, without_unknown
@@ -52,7 +53,7 @@ def translate(settings: Mapping[str, Any], *, lenient: bool = False) -> Translat
     """
     if "decoder" not in settings:
         raise ConfigError("prior: of DALLE2-pytorch, configs of decoders are read, and those of priors not yet.")
-    raw, unknown = without_unknown(DecoderFile, _with_list_of_saves(settings))
+    raw, unknown = without_unknown(DecoderFile, _with_lists(settings))
     problems = [] if lenient else unknown
     try:
         file = checked(DecoderFile, raw, strict=False)
@@ -67,12 +68,13 @@ def translate(settings: Mapping[str, Any], *, lenient: bool = False) -> Translat
     return Translation(_tree(file, unets, world_size), (*left_out(unknown), *notes))
 
 
-def _with_list_of_saves(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The same without empty sections, and with `tracker.save` as a list, as which it may be written."""
+def _with_lists(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same without empty sections, with lists of loggers and savers, of which one alone may be written."""
     given = {key: value for key, value in settings.items() if value is not None}
     tracker = given.get("tracker")
-    if isinstance(tracker, Mapping) and isinstance(tracker.get("save"), Mapping):
-        given["tracker"] = {**tracker, "save": [tracker["save"]]}
+    if isinstance(tracker, Mapping):
+        alone = {key: [tracker[key]] for key in ("log", "save") if isinstance(tracker.get(key), Mapping)}
+        given["tracker"] = {**tracker, **alone}
     return given
 
 
@@ -131,7 +133,8 @@ def _tree(file: DecoderFile, unets: list[dict[str, Any]], world_size: int) -> di
             sampler=samplers[0] if one_sampler else None,
         ),
         "checkpoint": {"every": f"{often} samples", "keep_best": any(save.save_best_to for save in file.tracker.save)},
-        "track": {"log": ["console" if file.tracker.log.log_type == "wandb" else file.tracker.log.log_type]},
+        "track": track_tree(file.tracker, validates=file.data.splits.val > 0),
+        "start": start_tree(file.tracker),
     }
 
 

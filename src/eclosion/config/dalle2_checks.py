@@ -6,9 +6,8 @@ from typing import Any
 
 from eclosion.config.dalle2_cascade import problems_of_cascade
 from eclosion.config.dalle2_per_unet import followed, per_unet, text_dims
-from eclosion.config.dalle2_schema import Decoder, DecoderFile, TrackerSave
-from eclosion.errors import did_you_mean
-from eclosion.registry import names
+from eclosion.config.dalle2_schema import Decoder, DecoderFile
+from eclosion.config.dalle2_tracker import wrong_tracker
 
 __all__ = ["problems_of"]
 
@@ -29,7 +28,7 @@ def problems_of(file: DecoderFile, unets: Sequence[Mapping[str, Any]]) -> list[s
         *_wrong_sources(file),
         *_wrong_training(file),
         *_wrong_evaluation(file),
-        *_wrong_tracker(file),
+        *wrong_tracker(file.tracker),
     ]
 
 
@@ -126,37 +125,3 @@ def _wrong_evaluation(file: DecoderFile) -> Iterator[str]:
             "evaluate.LPIPS compares images with those that they are made from, and decoder.unconditional is true, so "
             "that they are made from nothing. Remove one of them."
         )
-
-
-def _wrong_tracker(file: DecoderFile) -> Iterator[str]:
-    log, load = file.tracker.log, file.tracker.load
-    known = [*names("loggers"), "wandb"]
-    if log.log_type not in known:
-        yield f"tracker.log.log_type is {log.log_type!r}, and must be a logger.{did_you_mean(log.log_type, known)}"
-    required = (
-        {"wandb_entity": True, "wandb_project": True, "wandb_run_id": log.resume} if log.log_type == "wandb" else {}
-    )
-    yield from _missing("tracker.log", log, required, "log_type is 'wandb'")
-    if load and load.load_from:
-        key = {"local": "file_path", "url": "url", "wandb": "wandb_file_path"}[load.load_from]
-        missing = list(_missing("tracker.load", load, {key: True}, f"load_from is {load.load_from!r}"))
-        yield from missing
-        if not missing and not load.only_auto_resume:
-            yield (
-                "tracker.load starts from a checkpoint of DALLE2-pytorch, and training does not read those. Bring it "
-                "over with `eclosion import`, and remove tracker.load."
-            )
-    for i, save in enumerate(file.tracker.save):
-        yield from _wrong_save(f"tracker.save[{i}]", save)
-
-
-def _wrong_save(path: str, save: TrackerSave) -> Iterator[str]:
-    if not (save.save_latest_to or save.save_best_to or save.save_meta_to):
-        yield f"{path} saves nothing. Give save_latest_to, save_best_to or save_meta_to, or remove it."
-    yield from _missing(path, save, {"huggingface_repo": save.save_to == "huggingface"}, "save_to is 'huggingface'")
-
-
-def _missing(path: str, section: Any, required: Mapping[str, bool], why: str) -> Iterator[str]:
-    for key, wanted in required.items():
-        if wanted and getattr(section, key) is None:
-            yield f"{path}.{key} is required: {why}."

@@ -6,7 +6,7 @@ from typing import Any
 
 from eclosion.config.dalle2_data import arrival, clip_side
 from eclosion.config.dalle2_per_unet import encodes, follows, per_unet, schedules
-from eclosion.config.dalle2_schema import DecoderFile, Evaluate, TrackerSave
+from eclosion.config.dalle2_schema import DecoderFile, Evaluate
 from eclosion.config.dalle2_unused import unused
 
 __all__ = ["notes_of"]
@@ -131,34 +131,23 @@ def _training(file: DecoderFile) -> Iterator[str]:
 
 
 def _tracker(file: DecoderFile) -> Iterator[str]:
-    tracker = file.tracker
-    if tracker.log.log_type == "wandb":
+    tracker, load = file.tracker, file.tracker.load
+    if load and load.load_from and not load.only_auto_resume:
         yield (
-            "tracker.log wandb is not there yet: numbers go to the console and to metrics.jsonl in the run folder, "
-            "grids to samples in it."
+            "tracker.load is for a run that has no checkpoint of its own; one that is started again goes on from its "
+            "newest."
         )
-    if tracker.load and tracker.load.load_from:
+    if any(save.save_latest_to or save.save_best_to for save in tracker.save):
+        yield "tracker.save writes folders, whatever their names, for `eclosion sample`, `export` and tracker.load."
+    if file.data.splits.val > 0 and any(save.save_best_to for save in tracker.save):
         yield (
-            "tracker.load.load_from is accepted, and has no effect: only_auto_resume is true, and a run that goes on "
-            "does so from its own newest checkpoint."
+            "A checkpoint is the best when its validation loss is below that of the best before by more than the "
+            "uncertainty of their difference; in the original by any amount."
         )
-    for i, save in enumerate(tracker.save):
-        yield from _save(f"tracker.save[{i}]", save)
-
-
-def _save(path: str, save: TrackerSave) -> Iterator[str]:
-    wanted = {key: getattr(save, key) for key in ("save_latest_to", "save_best_to", "save_meta_to")}
-    said = [f"{path}.{key} ({to})" for key, to in wanted.items() if to]
-    yield (
-        f"{_listed(said)} not written there: the newest checkpoints, the best one if it is wanted, and the config "
-        "stand in the run folder."
-    )
-    if save.save_to != "local":
-        yield f"{path}.save_to {save.save_to} is not there yet: nothing is uploaded."
-    if save.save_type == "model":
+    if any(save.save_to == "huggingface" for save in tracker.save):
         yield (
-            f"{path}.save_type model is accepted, and has no effect: each checkpoint has its averaged weights "
-            "in a file apart."
+            "tracker.save keeps repositories at huggingface for their owner alone, and refuses one that others see. "
+            "For such a one give the override track.save[0].private=false."
         )
 
 

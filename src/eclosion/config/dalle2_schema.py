@@ -6,9 +6,12 @@ The comment above a key is its entry in the reference. "One, or one per U-Net" i
 from dataclasses import field
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from eclosion.config.hub import RepoName, TokenPath
 from eclosion.config.schema import Steps
+from eclosion.config.templates import check_path
+from eclosion.config.wandb import RunId, RunPath
 from eclosion.registry import part
 
 __all__ = [
@@ -38,6 +41,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
+InnerPath = Annotated[str, AfterValidator(check_path)]
 Schedule = Literal["cosine", "linear", "quadratic", "jsd", "sigmoid"]
 InceptionLayer = Literal[64, 192, 768, 2048]
 
@@ -461,14 +465,14 @@ class Evaluate:
 class TrackerLog:
     """Where numbers go, beside metrics.jsonl."""
 
-    # console, wandb, or another logger that `eclosion list loggers` shows. wandb is not there yet: what it would get
-    # stands in metrics.jsonl, on the console, and in samples/.
+    # console, wandb, or another logger that `eclosion list loggers` shows.
     log_type: Text = "console"
-    # Accepted, has no effect because a run that is not finished always goes on.
+    # For wandb: whether to go on with the run at wandb that wandb_run_id names, which must be there.
     resume: bool = False
-    # Accepted, has no effect because a run that is not finished always goes on.
+    # For wandb: whether a run that is started again goes on with its own run at wandb; else each start makes a new one.
+    # Its training goes on in any case.
     auto_resume: bool = False
-    # Accepted, has no effect because numbers are always shown on the console too.
+    # Whether numbers are shown on the console too.
     verbose: bool = False
     # Required with wandb.
     wandb_entity: Text | None = None
@@ -476,49 +480,58 @@ class TrackerLog:
     wandb_project: Text | None = None
     # For wandb.
     wandb_run_name: str | None = None
-    # For wandb; required with resume.
-    wandb_run_id: str | None = None
+    # For wandb: the run that resume goes on with; without resume the run folder keeps an id of its own.
+    wandb_run_id: RunId | None = None
 
 
 @part
 class TrackerLoad:
-    """A checkpoint to start from. Refused, unless only_auto_resume: bring it over with `eclosion import`."""
+    """What a run without a checkpoint of its own starts from: what a saver has saved, or a file of the original."""
 
-    # local, url or wandb; null loads nothing.
-    load_from: Literal["local", "url", "wandb"] | None = None
-    # Whether it is loaded only by a run that goes on. A run here goes on from its own newest checkpoint.
+    # local, url, wandb or huggingface; null loads nothing.
+    load_from: Literal["local", "url", "wandb", "huggingface"] | None = None
+    # Whether it is loaded only where a run was before, whose own checkpoints are gone.
     only_auto_resume: bool = False
-    # Required with local.
+    # Required with local: the path, relative to the current directory.
     file_path: Text | None = None
-    # Required with url.
+    # Required with url: an https:// address.
     url: Text | None = None
-    # Required with wandb.
-    wandb_file_path: Text | None = None
-    # For wandb.
-    wandb_run_path: str | None = None
+    # Required with wandb: the path among the files of the run.
+    wandb_file_path: InnerPath | None = None
+    # For wandb: entity/project/run_id; none takes the run that numbers go to.
+    wandb_run_path: RunPath | None = None
+    # Required with huggingface: the repository.
+    huggingface_repo: RepoName | None = None
+    # For huggingface: a folder or file in the repository; none takes the repository itself.
+    huggingface_file_path: InnerPath | None = None
+    # For huggingface: a file with the token, if HF_TOKEN is not set.
+    token_path: TokenPath | None = None
 
 
 @part
 class TrackerSave:
-    """Where checkpoints go. They are kept in the run folder; a note says what stands where."""
+    """Where checkpoints go, besides the run folder.
+
+    Paths may hold {epoch}, {sample}, {samples_seen}, {step} and {best_validation_loss}.
+    """
 
     # local, huggingface or wandb.
     save_to: Literal["local", "huggingface", "wandb"] = "local"
-    # Path of the newest checkpoint; null or false for none. The newest are always kept, in the run folder.
-    save_latest_to: Text | Literal[False] | None = None
-    # Path of the checkpoint that is best by its validation loss; null or false for none. With a path it is kept, in the
-    # run folder.
-    save_best_to: Text | Literal[False] | None = None
-    # Path for the config; null for none. It is always kept, in the run folder.
+    # Path that the newest checkpoint gets; true is latest.pth, null or false none. A local one is relative to the
+    # current directory. What is saved is a folder, whatever its name.
+    save_latest_to: Text | bool | None = None
+    # The same for the checkpoint that is best by its validation loss; true is best.pth.
+    save_best_to: Text | bool | None = None
+    # Folder for the config and other files about the run; null for none.
     save_meta_to: Text | None = None
-    # Whole checkpoints, or the weights alone. A checkpoint here has both apart: averaged weights are a file in it.
+    # Whole checkpoints, from which a run goes on, or models: the averaged weights, which make pictures.
     save_type: Literal["checkpoint", "model"] = "checkpoint"
-    # Required with huggingface.
-    huggingface_repo: Text | None = None
-    # For huggingface.
-    token_path: str | None = None
-    # For wandb.
-    wandb_run_path: str | None = None
+    # Required with huggingface: the repository. It is made, for its owner alone, if it is not there.
+    huggingface_repo: RepoName | None = None
+    # For huggingface: a file with the token, if HF_TOKEN is not set.
+    token_path: TokenPath | None = None
+    # For wandb: entity/project/run_id; none takes the run that numbers go to.
+    wandb_run_path: RunPath | None = None
     # Accepted, has no effect because it had none.
     save_all: bool = False
     # Accepted, has no effect because it had none.
@@ -535,8 +548,8 @@ class Tracker:
     data_path: Text = "./.tracker-data"
     # Whether a finished or different run in that folder is replaced; an unfinished one goes on.
     overwrite_data_path: bool = False
-    # Where numbers go.
-    log: TrackerLog = field(default_factory=TrackerLog)
+    # Where numbers go: one logger, or a list.
+    log: list[TrackerLog] = field(default_factory=lambda: [TrackerLog()])
     # A checkpoint to start from.
     load: TrackerLoad | None = None
     # Where checkpoints go: one, or a list.

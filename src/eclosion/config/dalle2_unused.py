@@ -43,9 +43,6 @@ DEAD: dict[str, tuple[str, Any]] = {
     **{f"evaluate.{name}.normalize": ("scores are of the pixels of a PNG", False) for name in METRICS},
     **{f"evaluate.{name}.reset_real_features": (REFERENCE, True) for name in ("FID", "KID")},
     **{f"evaluate.{name}.{key}": (GATHERED, value) for name in METRICS for key, value in STATES.items()},
-    "tracker.log.resume": (GOES_ON, False),
-    "tracker.log.auto_resume": (GOES_ON, True),
-    "tracker.log.verbose": ("numbers are always shown on the console too", True),
     "tracker.save[].save_all": ("it had none", NONE),
     "tracker.save[].save_latest": ("it had none", NONE),
     "tracker.save[].save_best": ("it had none", NONE),
@@ -60,8 +57,9 @@ KINDS: dict[str, tuple[str, str]] = {
     "url": ("load_from", "url"),
     "wandb_file_path": ("load_from", "wandb"),
     "wandb_run_path": ("", "wandb"),
-    "huggingface_repo": ("save_to", "huggingface"),
-    "token_path": ("save_to", "huggingface"),
+    "huggingface_repo": ("", "huggingface"),
+    "huggingface_file_path": ("load_from", "huggingface"),
+    "token_path": ("", "huggingface"),
 }
 
 
@@ -159,13 +157,19 @@ def _lowres_without_use(decoder: Decoder, count: int) -> Iterator[tuple[str, str
 def _of_other_kinds(file: DecoderFile) -> Iterator[tuple[str, str]]:
     """Keys of a logger, loader or saver of another kind."""
     tracker = file.tracker
-    sections: dict[str, tuple[str, Any]] = {
-        "tracker.log": ("log_type", tracker.log),
-        "tracker.load": ("load_from", tracker.load),
-    }
+    sections: dict[str, tuple[str, Any]] = {"tracker.load": ("load_from", tracker.load)}
+    sections |= {f"tracker.log[{i}]": ("log_type", log) for i, log in enumerate(tracker.log)}
     sections |= {f"tracker.save[{i}]": ("save_to", save) for i, save in enumerate(tracker.save)}
     for path, (option, section) in sections.items():
         kind = getattr(section, option, None)
         for key, (of, wanted) in KINDS.items():
             if of in ("", option) and section is not None and hasattr(section, key) and kind != wanted:
                 yield f"{path}.{key}", f"{option} is {kind or 'null'}"
+    for i, log in enumerate(tracker.log):
+        if log.log_type == "wandb" and not log.resume:
+            yield f"tracker.log[{i}].wandb_run_id", "resume is false"
+        if log.log_type != "wandb":
+            if log.resume:
+                yield f"tracker.log[{i}].resume", GOES_ON
+            if not log.auto_resume:
+                yield f"tracker.log[{i}].auto_resume", GOES_ON

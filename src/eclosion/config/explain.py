@@ -36,7 +36,7 @@ def checked(cls: type[T], tree: Mapping[str, Any], *, strict: bool = True) -> T:
     try:
         made = TypeAdapter(cls).validate_python(dict(tree))
     except ValidationError as error:
-        raise ConfigError(_problems(error, tree, cls)) from error
+        raise ConfigError(_problems(error, tree, cls)) from None  # pydantic's words show half of what was given
     if strict and (wrong := _misread(made, tree)):
         raise ConfigError(wrong)
     return made

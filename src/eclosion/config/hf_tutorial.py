@@ -9,6 +9,8 @@ from pydantic import Field
 
 from eclosion.config.dialect import Dialect, Translation
 from eclosion.config.explain import checked, left_out, without_unknown
+from eclosion.config.hub import check_repo_name
+from eclosion.errors import ConfigError
 from eclosion.registry import part
 
 __all__ = ["DIALECT", "TutorialConfig"]
@@ -42,11 +44,11 @@ class TutorialConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = "fp16"
     # Folder of the run; the finished pipeline stands in it.
     output_dir: str | Path = "ddpm-butterflies-128"
-    # Accepted; nothing is uploaded yet.
-    push_to_hub: bool = True
-    # Accepted; nothing is uploaded yet.
+    # Whether the finished pipeline is pushed to the Hugging Face hub. The tutorial's own object says true.
+    push_to_hub: bool = False
+    # The repository there; none takes the name of output_dir. It is made if it is not there.
     hub_model_id: str | None = None
-    # Accepted; nothing is uploaded yet.
+    # Whether only its owner may see it; none is true here, and false makes it public.
     hub_private_repo: bool | None = None
     # Whether a finished or different run in output_dir is replaced; an unfinished run of this config goes on.
     overwrite_output_dir: bool = True
@@ -113,6 +115,7 @@ def translate(settings: Mapping[str, Any], *, lenient: bool = False) -> Translat
         "ema": {"decays": []},
         "sample": {"every": f"{s.save_image_epochs} epochs", "num_images": s.eval_batch_size, "seed": s.seed},
         "checkpoint": {"every": f"{s.save_model_epochs} epochs"},
+        "hub": _hub(s),
     }
     return Translation(tree, (*left_out(unknown), *_notes(s)))
 
@@ -127,10 +130,29 @@ def _source(dataset_name: str | Path | None) -> dict[str, Any]:
     return {"name": "huggingface", "path": str(dataset_name)}
 
 
+def _hub(settings: TutorialConfig) -> dict[str, Any] | None:
+    """Where the pipeline is pushed to; nowhere while the name is the one that the tutorial leaves to be filled in."""
+    if not settings.push_to_hub or _is_to_be_filled_in(settings):
+        return None
+    name = settings.hub_model_id or Path(settings.output_dir).name
+    try:
+        repo = check_repo_name(name)
+    except ValueError as error:
+        raise ConfigError(f"{'hub_model_id' if settings.hub_model_id else 'output_dir'}: {error}.") from None
+    return {"repo": repo, "private": settings.hub_private_repo is not False}
+
+
+def _is_to_be_filled_in(settings: TutorialConfig) -> bool:
+    return "<" in (settings.hub_model_id or "")
+
+
 def _notes(settings: TutorialConfig) -> list[str]:
-    if not settings.push_to_hub:
+    if not settings.push_to_hub or not _is_to_be_filled_in(settings):
         return []
-    return ["push_to_hub is accepted and has no effect yet: nothing is uploaded. Use huggingface_hub on output_dir."]
+    return [
+        f"push_to_hub: nothing is pushed, as hub_model_id is {settings.hub_model_id!r}, which is to be filled in. Give "
+        "it the name of a repository, or push by hand with `eclosion push`."
+    ]
 
 
 DIALECT = Dialect(recognises, translate)

@@ -15,11 +15,13 @@ from eclosion.config.overrides import apply_overrides, read_override
 from eclosion.config.schema import RunConfig
 from eclosion.config.yaml_text import parse_yaml, yaml_problem
 from eclosion.errors import ConfigError
+from eclosion.redaction import cleaned, holds_token, remember_url
 from eclosion.registry import DIALECTS, dump, resolve
 
 __all__ = ["LoadedConfig", "leaves", "load", "translated"]
 
 MAX_BYTES = 2**20
+NOT_HERE = "and configs are kept and shown. Take it out, put it into the environment, and better make a new one."
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ def load(config: object, overrides: Sequence[str] = (), *, lenient: bool = False
     """
     try:
         return _loaded(config, overrides, lenient=lenient)
+    except ConfigError as error:
+        raise ConfigError([cleaned(problem) for problem in error.problems]) from error
     except RecursionError as error:
         raise ConfigError("config: is nested deeper than any config is.") from error
 
@@ -57,17 +61,21 @@ def load(config: object, overrides: Sequence[str] = (), *, lenient: bool = False
 def _loaded(config: object, overrides: Sequence[str], *, lenient: bool) -> LoadedConfig:
     name, translation = translated(config, lenient=lenient)
     tree, unknown = apply_overrides(translation.tree, overrides), list[str]()
+    for _, text in _texts(tree):
+        remember_url(text)
     if lenient:
         tree, unknown = without_unknown(RunConfig, tree)
     run = validate(tree)
-    notes = (*left_out(unknown), *translation.notes)
-    return LoadedConfig(run, dict(_origins(run, translation.tree, name, overrides)), notes)
+    if told := [path for path, text in _texts(tree) if holds_token(text)]:
+        raise ConfigError([f"{path}: holds a token or a key, {NOT_HERE}" for path in told])
+    notes = [cleaned(note) for note in (*left_out(unknown), *translation.notes)]
+    return LoadedConfig(run, dict(_origins(run, translation.tree, name, overrides)), tuple(notes))
 
 
 def translated(config: object, *, lenient: bool = False) -> tuple[str, Translation]:
     """A config in native words, not checked yet, and where they are from: "config", or the name of a dialect."""
     if isinstance(config, RunConfig):
-        raw: Mapping[str, Any] = dump(config)
+        raw: Mapping[str, Any] = dump(config, whole=True)
     elif isinstance(config, str | Path):
         raw = read_file(Path(config))
     else:
@@ -143,6 +151,14 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(item, f"{path}[{i}]")
     else:
         yield path, tree
+
+
+def _texts(tree: Any) -> Iterator[tuple[str, str]]:
+    """Every text in a config tree, with its path."""
+    for path, value in leaves(tree):
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, str | Path):
+                yield path, str(item)
 
 
 def _origins(run: RunConfig, tree: Mapping[str, Any], name: str, overrides: Sequence[str]) -> Iterator[tuple[str, str]]:

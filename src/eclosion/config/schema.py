@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
-from eclosion.registry import PartOf, part
+from eclosion.config.hub import HubConfig
+from eclosion.registry import PartOf, dump, part
 
 __all__ = [
     "CheckpointConfig",
@@ -359,6 +360,24 @@ class TrackConfig:
     every: Duration = "10 steps"
     # Where else they go.
     log: list[Annotated[Any, PartOf("loggers")]] = field(default_factory=lambda: ["console"])
+    # Where checkpoints and models go besides the run folder.
+    save: list[Annotated[Any, PartOf("savers")]] = field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        loggers = [dump(logger)["name"] for logger in self.log]
+        if twice := sorted({name for name in loggers if loggers.count(name) > 1}):
+            raise ValueError(f"log names {twice[0]} twice. Name each logger once")
+        taken: set[tuple[str, str]] = set()
+        for saver in self.save:
+            place = {**dump(saver), "kind": None}
+            paths = {path for key in ("latest", "best", "meta") if (path := place.pop(key, None))}
+            here = {(repr(sorted(place.items())), path) for path in paths}
+            if taken & here:
+                path = min(path for _, path in taken & here)
+                raise ValueError(f"save gives the path {path!r} twice in the same place. Give each saver its own paths")
+            taken |= here
+        return self
 
 
 @part
@@ -393,8 +412,33 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     # When the state is written.
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    # Where numbers go.
+    # Where numbers and copies of checkpoints go.
     track: TrackConfig = field(default_factory=TrackConfig)
+    # What a run that has no checkpoint of its own starts from; none is scratch.
+    start: Annotated[Any, PartOf("loaders")] | None = None
+    # Where the finished pipeline goes on the Hugging Face hub; none pushes nothing.
+    hub: HubConfig | None = None
+
+    @model_validator(mode="after")
+    def _best_comes(self) -> Self:
+        validates = self.checkpoint.best == "validation" and self.validate.every is not None
+        for saver in self.track.save:
+            if any("{best_validation_loss" in (path or "") for path in (saver.latest, saver.best)) and not validates:
+                raise ValueError(
+                    "track.save has a path with {best_validation_loss}, which there is only with validate.every and "
+                    "checkpoint.best=validation"
+                )
+        if not any(saver.best for saver in self.track.save):
+            return self
+        if not self.checkpoint.keep_best:
+            raise ValueError("track.save has a path for the best checkpoint, and checkpoint.keep_best is false")
+        section = "validate" if self.checkpoint.best == "validation" else "evaluate"
+        if getattr(self, section).every is None:
+            raise ValueError(
+                f"track.save has a path for the best checkpoint, which nothing decides: set {section}.every, or remove "
+                "the path"
+            )
+        return self
 
     def max_grad_norm_of(self, network: str) -> float | None:
         """The limit of a network's gradient norm: its own, or that of all; None leaves gradients as they are."""

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import queue
 import threading
@@ -9,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ from eclosion.errors import DataError, EnvironmentProblem
 
 __all__ = ["PARTIAL", "download", "durable", "transfer", "writing"]
 
-PARTIAL = ".partial"
+PARTIAL, JOURNAL = ".partial", ".partial.json"
 # How often a waiting transfer looks whether it is still wanted and fast enough.
 TICK_SECONDS = 0.05
 # Pieces that are read ahead of the disk.
 PIECES_AHEAD = 2
 # Room is asked for in such steps where the size of a file is not known.
 GROWTH = 64 << 20  # bytes
+# What a download that can be gone on with loses at most by a kill.
+KEPT_EVERY = 64 << 20  # bytes
 # Downloads that a certain checksum may reject before it is believed.
 MAX_MISMATCHES = 3
 
@@ -45,6 +48,7 @@ def download(
     patience: Patience | None = None,
     stop: threading.Event | None = None,
     max_bytes: int | None = None,
+    resume: bool = False,
 ) -> Place:
     """Fetch a whole file: written aside, checked, made durable and renamed.
 
@@ -57,6 +61,8 @@ def download(
         patience: how long it may take.
         stop: when set, it ends soon.
         max_bytes: the most that is taken.
+        resume: whether what came before a failure, a signal or a kill stays, and the next call with this goes on with
+            it; then no other process may fetch to the same path.
 
     Returns:
         The place with the size, and the version if it was known, of what was fetched.
@@ -68,22 +74,91 @@ def download(
         EnvironmentProblem: if the server keeps failing, or the file cannot be written.
         Stopped: if `stop` was set.
     """
-    partial_path = to.with_name(f"{to.name}{PARTIAL}-{uuid.uuid4().hex}")
+    partial_path = to.with_name(f"{to.name}{PARTIAL}" if resume else f"{to.name}{PARTIAL}-{uuid.uuid4().hex}")
+    journal = _Journal(to.with_name(f"{to.name}{JOURNAL}"), place) if resume else None
     with writing(partial_path):
-        fd = os.open(partial_path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        fd = os.open(partial_path, os.O_RDWR | os.O_CREAT | (0 if resume else os.O_EXCL), 0o644)
+    way = _Transfer(
+        place, fd, partial_path, patience or Patience(), stop or threading.Event(), _at_most(place, max_bytes)
+    )
+    way.journal = journal
     try:
-        fetched = transfer(place, fd, partial_path, patience=patience, stop=stop, make_room=_at_most(place, max_bytes))
+        if journal is not None:
+            journal.go_on(way)
+        fetched = way.run()
         with writing(partial_path):
             os.fsync(fd)
             partial_path.replace(to)
             durable(to.parent)
-    except BaseException:
+        if journal is not None:
+            journal.forget()
+    except BaseException as error:
         with suppress(OSError):
-            partial_path.unlink()
+            if journal is None or isinstance(error, DataError):  # what came is of no use
+                partial_path.unlink()
+                if journal is not None:
+                    journal.path.unlink()
+            else:
+                journal.keep(way)
         raise
     finally:
         os.close(fd)
     return fetched
+
+
+class _Journal:
+    """How much of a file that is on its way is durable on this disk, and of which version it is.
+
+    Args:
+        path: where that is written.
+        place: the file.
+    """
+
+    def __init__(self, path: Path, place: Place) -> None:
+        self.path, self._place, self._kept = path, place, 0
+
+    def go_on(self, way: "_Transfer") -> None:
+        """Let a transfer go on with what an earlier one left, if that is of the same version."""
+        try:
+            left = json.loads(self.path.read_bytes())
+            position, of = int(left["position"]), (left["key"], left["resume_with"])
+            versions = tuple(map(str, left["versions"]))
+            checksum = Checksum(**left["checksum"]) if left["checksum"] else None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return
+        here = os.fstat(way.fd).st_size
+        if of[0] != self._place.key or not self._place.version or not of[1] or not 0 < position <= here:
+            return
+        if self._place.size is not None:  # a server has nothing to say behind the last byte
+            position = min(position, self._place.size - 1)
+        way.position = way.furthest = self._kept = position
+        way.resume_with, way.versions, way.room = str(of[1]), versions, position
+        way.checksum = checksum
+        if checksum is not None:
+            way.hash_what_is_here()
+
+    def keep(self, way: "_Transfer") -> None:
+        """Make durable what has come, and then say so."""
+        if not way.resume_with or not way.position:
+            return
+        os.fsync(way.fd)
+        left = {"key": self._place.key, "position": way.position, "resume_with": way.resume_with}
+        left |= {"versions": list(way.versions), "checksum": way.checksum and asdict(way.checksum)}
+        aside = self.path.with_name(f"{self.path.name}-new")
+        aside.write_text(json.dumps(left), encoding="utf-8")
+        aside.replace(self.path)
+        self._kept = way.position
+
+    def forget(self) -> None:
+        """Take back what was said, as the file is fetched from its beginning."""
+        with writing(self.path):
+            self.path.unlink(missing_ok=True)
+        self._kept = 0
+
+    def came(self, way: "_Transfer") -> None:
+        """Called when more has come."""
+        if way.position - self._kept >= KEPT_EVERY:
+            self.keep(way)
 
 
 def _at_most(place: Place, max_bytes: int | None) -> MakeRoom:
@@ -186,6 +261,7 @@ class _Transfer:
         checksum: what the file must hash to, if known.
         digest: hash of what stands on disk.
         rejected: hashes of whole files that were not what they must be.
+        journal: told of what has come, if it is to outlast this process.
     """
 
     place: Place
@@ -203,6 +279,7 @@ class _Transfer:
     checksum: Checksum | None = None
     digest: Any = None
     rejected: list[str] = field(default_factory=list)
+    journal: "_Journal | None" = None
 
     def run(self) -> Place:
         self.persistence = Persistence(self.place.shown, self.patience, self.stop)
@@ -239,6 +316,8 @@ class _Transfer:
     def _begin(self, stream: Stream) -> None:
         self._check_version(stream)
         if stream.start == 0:
+            if self.journal is not None:
+                self.journal.forget()  # before anything is written over
             self.position, self.checksum = 0, stream.checksum
             if self.checksum and not self.checksum.certain and _store_of(self.place) in _etag_is_no_hash:
                 self.checksum = None
@@ -249,6 +328,17 @@ class _Transfer:
         self.total = stream.total if stream.total is not None else self.place.size
         if self.total is not None:
             self._grow(self.total)
+
+    def hash_what_is_here(self) -> None:
+        """Catch up with the hash of a file that another process began to fetch."""
+        assert self.checksum is not None
+        self.digest = hashlib.new(self.checksum.algorithm, usedforsecurity=False)
+        at = 0
+        with writing(self.path):
+            while at < self.position:
+                piece = os.pread(self.fd, min(GROWTH >> 6, self.position - at), at)
+                self.digest.update(piece)
+                at += len(piece)
 
     def _check_version(self, stream: Stream) -> None:
         """Refuse another version than the one that was seen: what is known of the file would not be true of it."""
@@ -272,6 +362,9 @@ class _Transfer:
         if self.digest is not None:
             self.digest.update(piece)
         self.position = end
+        if self.journal is not None:
+            with writing(self.path):
+                self.journal.came(self)
         if self.position >= self.furthest + self.patience.min_bytes:
             self.furthest = self.position
             self.persistence.progressed()

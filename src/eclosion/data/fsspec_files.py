@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from eclosion.data.places import Checksum, IsFolder, NotFound, Place, Transient, quoted, scheme_of, shown
 from eclosion.errors import ConfigError, DataError, EnvironmentProblem, MissingExtraError, UserError
 
-__all__ = ["FsspecStream", "look_up", "names_in"]
+__all__ = ["FsspecStream", "look_up", "names_in", "store_of"]
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ def names_in(folder_url: str) -> list[str]:
     """
 
     def ask() -> list[str]:
-        store, path = _store(folder_url)
+        store, path = store_of(folder_url)
         store.invalidate_cache()  # or a listing that fsspec made earlier in this process comes back
         return [str(name) for name in store.ls(path, detail=False)]
 
@@ -97,7 +97,7 @@ class FsspecStream:
         end = min(self._position + BLOCK, self._size)
         if self._position >= end:
             return b""
-        store, path = _store(self._url)
+        store, path = store_of(self._url)
         block = _explained(self._url, lambda: _part(store, path, self._position, end))
         if len(block) != end - self._position:
             raise Transient(f"the store gave {len(block)} bytes where {end - self._position} were asked for")
@@ -121,7 +121,7 @@ class FsspecStream:
         """Nothing: a request cannot be called back."""
 
 
-def _store(url: str) -> tuple[Any, str]:
+def store_of(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the file's path in it.
 
     Raises:
@@ -149,7 +149,7 @@ def _store(url: str) -> tuple[Any, str]:
 
 
 def _info(url: str) -> Mapping[str, Any]:
-    store, path = _store(url)
+    store, path = store_of(url)
 
     def ask() -> Mapping[str, Any]:
         if scheme_of(url) != "hf":  # there, what is asked for anew comes without its version

@@ -210,11 +210,15 @@ def _target(url: str) -> tuple[str, str]:
 def _redirected(url: str, before: str, location: str) -> tuple[str, str]:
     try:
         to = urljoin(before, location)
-        if urlsplit(to).scheme in {"http", "https"}:
+        schemes = urlsplit(before).scheme, urlsplit(to).scheme
+        if schemes[1] in {"http", "https"} and schemes != ("https", "http"):
             return _target(to)
     except (ValueError, ConfigError):
         pass
-    raise DataError(f"{shown(url)}: the server redirects to something that is no http or https URL. Give another URL.")
+    raise DataError(
+        f"{shown(url)}: the server redirects to something that is no http or https URL, or from https to http. "
+        "Give another URL."
+    )
 
 
 def _server(url: str) -> tuple[str, str | None, int | None]:

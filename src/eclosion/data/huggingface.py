@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from eclosion.data.images import read_file
 from eclosion.data.source import Sample, Split
 from eclosion.errors import BadSample, ConfigError, DataError, did_you_mean
+from eclosion.redaction import cleaned, shown
 from eclosion.registry import part
 
 __all__ = ["HuggingFaceSamples", "HuggingFaceSource"]
@@ -73,7 +74,7 @@ class HuggingFaceSource:
         rows = data.with_format(None).select_columns(columns).cast_column(image, datasets.Image(decode=False))
         return HuggingFaceSamples(
             rows=rows,
-            title=f"{self.path} {self.split}",
+            title=f"{shown(self.path)} {self.split}",
             image_column=image,
             caption_column=caption,
             label_column=self.label_column,
@@ -108,7 +109,7 @@ class HuggingFaceSource:
             )
         except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError, HfHubHTTPError) as error:
             raise DataError(
-                f"data.source.path: {self.path} (split {self.split!r}) cannot be loaded: {_one_line(error)}"
+                f"data.source.path: {shown(self.path)} (split {self.split!r}) cannot be loaded: {_one_line(error)}"
             ) from error
 
     def _of_split(self, saved: Any) -> Any:
@@ -192,7 +193,7 @@ class HuggingFaceSamples:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(cleaned(str(error)).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
 
 

@@ -21,7 +21,7 @@ from eclosion.importing.settings import arguments_of, native_run, original_confi
 from eclosion.registry import dump
 from eclosion.rundir import RunDir
 
-__all__ = ["Imported", "import_checkpoint"]
+__all__ = ["Imported", "import_checkpoint", "write_run"]
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,11 @@ def import_checkpoint(
     samples_seen = max((file.samples_seen for file in files if file.samples_seen is not None), default=None)
     notes = [*said, *notes_of(run, files, networks, step=step, samples_seen=samples_seen, compat=compat)]
     seen = step * run.train.batch_size if samples_seen is None else samples_seen
-    _write(target, run, networks, files, step=step, samples_seen=seen, facts=facts_of(run, arguments))
+    write_run(target, run, networks, files, step=step, samples_seen=seen, facts=facts_of(run, arguments))
     return Imported(target, step, seen, networks, notes)
 
 
-def _write(
+def write_run(
     target: Path,
     run: RunConfig,
     networks: Sequence[Network],
@@ -100,8 +100,12 @@ def _write(
     step: int,
     samples_seen: int,
     facts: Mapping[str, Any],
-) -> None:
-    """The run folder with one checkpoint, made beside its place and moved there when it is whole."""
+) -> Path:
+    """Make a run folder with one checkpoint, beside its place, and move it there when it is whole.
+
+    Returns:
+        The checkpoint.
+    """
     config = dump(run)
     meta = {
         "config": config,
@@ -121,6 +125,7 @@ def _write(
         disk.fsync_folder(aside)
         aside.rename(target)
         disk.fsync_folder(target.parent)
+    return RunDir(target).checkpoint(step)
 
 
 def _entries(run: RunConfig, networks: Sequence[Network]) -> dict[str, Mapping[str, Tensor]]:

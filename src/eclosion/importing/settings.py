@@ -107,13 +107,7 @@ def _upsamplers(value: Any, count: int) -> list[bool]:
 
 
 # Where the original wrote and what it measured, in the place of what cannot be mended in a checkpoint.
-ELSEWHERE = {
-    "tracker": {
-        "log": {"log_type": "console"},
-        "save": [{"save_to": "local", "save_latest_to": "latest.pth", "save_best_to": "best.pth"}],
-    },
-    "evaluate": {},
-}
+ELSEWHERE: dict[str, Any] = {"tracker": {}, "evaluate": {}}
 # Stands for an address that is not known, until the config is translated.
 UNKNOWN = "unknown"
 
@@ -171,7 +165,9 @@ def _section(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def translated(settings: Settings, *, lenient: bool = False) -> Translation:
     """What the original was told in native words; ConfigError with every problem in it."""
     if settings.embedded:
-        return dalle2.translate(_for_import(settings.tree), lenient=True)
+        found = dalle2.translate(_for_import(settings.tree), lenient=True)
+        del found.tree["checkpoint"]["keep_best"]  # as a run of ours, it keeps its best
+        return found
     return dalle2.translate(_with_defaults(settings.tree), lenient=lenient)
 
 

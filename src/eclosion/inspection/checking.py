@@ -28,6 +28,7 @@ from eclosion.registry import build, dump
 from eclosion.rundir import RunDir
 from eclosion.sampling.examples import from_samples, validation_data, validation_source
 from eclosion.tasks.task import DataFacts, Task, check_wishes
+from eclosion.tracking.local import LocalLoader, LocalSaver
 
 __all__ = ["Check", "DataCount", "Network", "Plan", "Setting", "check"]
 
@@ -203,7 +204,18 @@ def _look_at_run(found: Check, loaded: LoadedConfig) -> None:
     with found.looking():
         _look_at_disk(found, run)
     with found.looking():
+        _look_at_places(run)
+    with found.looking():
         found.standing = _standing(run, found.plan)
+
+
+def _look_at_places(run: RunConfig) -> None:
+    """What this machine has to say of where copies go, and of what the run starts from; no service is asked."""
+    for saver in run.track.save:
+        if isinstance(saver, LocalSaver):
+            saver.open(RunDir(Path(run.output)))
+    if isinstance(run.start, LocalLoader) and not run.start.only_when_resuming:
+        run.start.find()
 
 
 def _look_at_data_alone(found: Check, config: object, overrides: Sequence[str]) -> None:

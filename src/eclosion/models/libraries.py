@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from eclosion.errors import ConfigError, EnvironmentProblem, MissingExtraError
+from eclosion.redaction import cleaned
 
 __all__ = [
     "MEANWHILE",
@@ -199,6 +200,6 @@ def without_bars(name: str) -> Iterator[None]:
 
 def said(error: BaseException) -> str:
     """The first sentence of an exception, on one line."""
-    words = " ".join(str(error).split()) or type(error).__name__
+    words = " ".join(cleaned(str(error)).split()) or type(error).__name__
     first = words.partition(". ")[0].rstrip(".:")
     return first if len(first) <= 200 else f"{first[:197]}..."

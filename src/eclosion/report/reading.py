@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 from eclosion.config.schema import steps_in
 from eclosion.report.curves import HUGE, Series
 from eclosion.rundir import RunDir, step_of
+from eclosion.tracking.tracker import is_over
 
 __all__ = ["Checkpoint", "Run", "dig", "finite", "is_count", "read_run"]
 
@@ -72,8 +73,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the end of the run is the last thing that happened in it."""
-        return bool(self.events) and self.events[-1].get("event") == "finished"
+        """Whether the run has finished since its last start."""
+        return is_over(self.events)
 
     @property
     def num_samples(self) -> int | None:

@@ -14,7 +14,7 @@ from eclosion.config.load import validate
 from eclosion.config.schema import RunConfig
 from eclosion.device import pick_device, pick_precision
 from eclosion.errors import CheckpointError, ConfigError, did_you_mean
-from eclosion.rundir import RunDir
+from eclosion.rundir import RunDir, step_of
 from eclosion.tasks.task import DataFacts, Task
 
 __all__ = ["TrainedTask", "load_trained"]
@@ -60,7 +60,7 @@ def load_trained(
     """
     path = Path(folder)
     one = path if (path / "manifest.json").is_file() else None
-    root = RunDir(path.parent.parent if one else path)
+    root = RunDir(_run_of(path) if one else path)
     store = CheckpointStore(root, keep_last=2, keep_every=None)
     if one and checkpoint != "latest":
         raise ConfigError(f"{path} is one checkpoint, and checkpoint={checkpoint} asks for another. Give the run.")
@@ -78,6 +78,12 @@ def load_trained(
         nets[name] = net.to(where).eval().requires_grad_(False)
     precision = pick_precision(run.train.mixed_precision, where)
     return TrainedTask(task.with_nets(nets), run, root, state["step"], state["samples_seen"], meta, where, precision)
+
+
+def _run_of(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint stands in; of a copy outside of one, the folder that holds it."""
+    parent = checkpoint.parent
+    return parent.parent if step_of(checkpoint) is not None and parent.resolve().name == "checkpoints" else parent
 
 
 def _load(net: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:

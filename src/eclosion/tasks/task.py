@@ -191,8 +191,8 @@ def check_wishes(task: Task, run: RunConfig) -> None:
             problems += [f"sample: {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems)
-    if run.export != "no":
-        task.pipeline(run.export)
+    if run.export != "no" or run.hub:
+        task.pipeline(None if run.export == "no" else run.export)
 
 
 def one_each(value: float | Sequence[float], names: Iterable[str], *, what: str) -> list[float]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from eclosion.data.batch import Batch
@@ -18,12 +19,15 @@ from eclosion.rng import Generator, generator
 
 __all__ = ["UnclipDecoderPipeline"]
 
+# What a pipeline consists of.
+FILES = ["model_index.json", "unet_*/config.json", "unet_*/*.safetensors", "unet_*/*.safetensors.index.json"]
+
 
 class UnclipDecoderPipeline(DiffusionPipeline):  # type: ignore[misc]
     """Images from embeddings, by a cascade of U-Nets.
 
-    Loaded by `UnclipDecoderPipeline.from_pretrained(folder)`. Image i is that of `eclosion sample` if its seed, its
-    embedding, and the sampler and guidance are the same.
+    Loaded by `UnclipDecoderPipeline.from_pretrained(...)` from a folder, or by its name from the Hugging Face hub.
+    Image i is that of `eclosion sample` if its seed, its embedding, and the sampler and guidance are the same.
 
     Args:
         unet_0, unet_1, ...: the networks, from low to high resolution.
@@ -55,6 +59,16 @@ class UnclipDecoderPipeline(DiffusionPipeline):  # type: ignore[misc]
         nets = (unet_0, unet_1, unet_2, unet_3, unet_4, unet_5, unet_6, unet_7)
         self.register_modules(**{f"unet_{i}": net for i, net in enumerate(nets)})
         self.register_to_config(decoder=decoder, sampler=sampler, guidance_scale=guidance_scale)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **options: Any) -> str:
+        """Bring a pipeline from the Hugging Face hub, without anything that could be run; `from_pretrained` calls it.
+
+        That of diffusers wants a Python file beside each network that is not its own.
+        """
+        known = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+        given = {name: options[name] for name in known if options.get(name) is not None}
+        return str(snapshot_download(pretrained_model_name, allow_patterns=FILES, **given))
 
     @property
     def task(self) -> Any:

@@ -23,15 +23,19 @@ LINE_SECONDS = 10.0
 class ConsoleLogger:
     """Progress, loss and speed on the terminal; a bar where there is one, else plain lines."""
 
+    # Whether numbers are shown, or only what happens.
+    numbers: bool = True
+
     def open(self) -> "Terminal":
         """Ready to start."""
-        return Terminal()
+        return Terminal(numbers=self.numbers)
 
 
 class Terminal:
     """What a person sees of a run while it goes."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, numbers: bool = True) -> None:
+        self._numbers = numbers
         console = Console(stderr=False)
         plain = os.environ.get("CI") == "true" or "NO_COLOR" in os.environ or not console.is_terminal
         self._console = Console(no_color=True, highlight=False, soft_wrap=True) if plain else console
@@ -46,7 +50,7 @@ class Terminal:
         self._num_steps, self._first_step = num_steps, step
         self._started = time.monotonic()
         self._last_line = -LINE_SECONDS
-        if not self._plain:
+        if self._numbers and not self._plain:
             self._bar = Progress(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(bar_width=None),
@@ -58,6 +62,8 @@ class Terminal:
 
     def log(self, numbers: Mapping[str, float], *, step: int, samples_seen: int) -> None:
         """Show loss, speed and the time that remains; what validation and evaluation found stays on the terminal."""
+        if not self._numbers:
+            return
         if any(key.startswith(("validation/", "evaluate/")) for key in numbers):
             told = [key for key in numbers if key.startswith(("validation/", "evaluate/"))]
             shortly = [key for key in told if "/band_" not in key and not key.startswith("validation/loss_error")]

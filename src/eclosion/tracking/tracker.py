@@ -2,14 +2,16 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from eclosion.redaction import cleaned
 from eclosion.rundir import RunDir
 
-__all__ = ["Logger", "Tracker", "append_line", "keep_lines", "write_json"]
+__all__ = ["Logger", "Tracker", "append_line", "is_over", "keep_lines", "write_json"]
 
 
 class Logger(Protocol):
@@ -36,11 +38,25 @@ class Logger(Protocol):
         ...
 
 
+@runtime_checkable
+class Following(Logger, Protocol):
+    """A logger that works beside the loop, and has something to say of that."""
+
+    def ending(self) -> None:
+        """Make an end; `close` waits for it."""
+        ...
+
+    def news(self) -> list[str]:
+        """Lines that have not been shown yet."""
+        ...
+
+
 class Tracker:
     """Writes metrics.jsonl and events.jsonl, and hands everything on to the loggers."""
 
     def __init__(self, run: RunDir, loggers: Sequence[Logger], config: Mapping[str, Any], *, num_steps: int) -> None:
         self.run, self.loggers, self.config, self.num_steps = run, loggers, config, num_steps
+        self._following = [logger for logger in loggers if isinstance(logger, Following)]
 
     def start(self, step: int) -> None:
         """Begin, or go on after `step` updates; numbers of later steps, from before a crash, are dropped."""
@@ -55,6 +71,8 @@ class Tracker:
         append_line(self.run.metrics, {"step": step, "samples_seen": samples_seen, **known})
         for logger in self.loggers:
             logger.log(numbers, step=step, samples_seen=samples_seen)
+        for text in self._news():
+            self.say(text)
 
     def forget(self, prefix: str, *, step: int) -> None:
         """Drop the lines of metrics.jsonl of a step with numbers whose names begin so, as they are made again."""
@@ -73,17 +91,43 @@ class Tracker:
         """Show one line of what is happening, and keep it with its facts in events.jsonl."""
         self.note(text, **facts)
         for logger in self.loggers:
-            logger.say(text)
+            logger.say(cleaned(text))
 
     def note(self, text: str, **facts: Any) -> None:
         """Keep one line with its facts in events.jsonl."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        append_line(self.run.events, {"time": now, "event": text, **facts})
+        append_line(self.run.events, {"time": now, "event": cleaned(text), **facts})
 
     def close(self) -> None:
-        """End all loggers."""
-        for logger in self.loggers:
+        """End all loggers: those that follow first, as what they leave undone is shown by the others."""
+        for follower in self._following:
+            follower.ending()  # all at once, as each may take a while
+        for follower in self._following:
+            follower.close()
+        shown_by = [logger for logger in self.loggers if logger not in self._following]
+        for text in self._news():  # shown and not kept: the last line of events.jsonl says how the run ended
+            for logger in shown_by:
+                logger.say(text)
+            if not shown_by:
+                warnings.warn(text, stacklevel=2)
+        for logger in shown_by:
             logger.close()
+
+    def _news(self) -> list[str]:
+        return [text for follower in self._following for text in follower.news()]
+
+
+def is_over(events: Iterable[Mapping[str, Any]], before: bool = False) -> bool:
+    """Whether a run has finished since its last start, by lines of its events.jsonl.
+
+    Args:
+        events: the lines.
+        before: what the lines before these said.
+    """
+    over = before
+    for event in events:
+        over = event.get("event") == "finished" or (over and "environment" not in event)
+    return over
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:

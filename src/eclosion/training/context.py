@@ -1,9 +1,12 @@
 """Everything a run works with, and what it does with several of them at once."""
 
-from collections.abc import Iterator, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +19,17 @@ from eclosion.data.loader import Loader
 from eclosion.data.source import Samples
 from eclosion.diffusion.lowres import resize
 from eclosion.exporting import export_trained
+from eclosion.pushing import push_finished
 from eclosion.report import write_report
 from eclosion.rundir import RunDir
 from eclosion.sampling import load_trained, to_uint8
 from eclosion.sampling.examples import Examples, from_samples, opened, prepared, validation_source
 from eclosion.tasks.task import Task
+from eclosion.tracking.saving import TICK_SECONDS, Saving
 from eclosion.tracking.tracker import Tracker
 from eclosion.training.distributed import World
 from eclosion.training.evaluating import Evaluation
+from eclosion.training.scores import VALIDATION
 from eclosion.training.signals import StopSignals
 from eclosion.training.state import TrainState
 from eclosion.training.validation import Validation
@@ -58,7 +64,7 @@ class Context:
         evaluation: what images are scored against, if they are.
         task: on the prepared networks.
         state: what changes as the run goes.
-        store, tracker: checkpoints, and numbers; only the leading process writes.
+        store, tracker, saving: checkpoints, numbers, and what becomes of checkpoints; only the leading process writes.
         stop: where signals are noted.
         every: what happens how often.
         meta: what each checkpoint says of itself.
@@ -76,6 +82,7 @@ class Context:
     state: TrainState
     store: CheckpointStore
     tracker: Tracker
+    saving: Saving
     stop: StopSignals
     every: Every
     meta: dict[str, Any]
@@ -118,8 +125,52 @@ class Context:
         if self.world.leads:
             state = numbers | {"ledger": self.ledger.state()}
             best = self.state.scores.best if self.run.checkpoint.keep_best else None
-            self.store.save(self.state.step, files, state, self.meta, keep=best.step if best else None, wait=wait)
+            keep = best.step if best else None
+            self.store.save(self.state.step, files, state, self.meta, keep=keep, wait=wait, then=self._offer())
         self.world.barrier()
+
+    def _offer(self) -> Callable[[Path], None]:
+        """What lets the savers have the checkpoint of this step, when it is on disk."""
+        best, values = self.state.scores.best, self._values(self.state.samples_seen, self.state.step)
+        is_best = best is not None and best.step == self.state.step
+        return lambda folder: self.saving.offer(folder, latest=True, best=is_best, values=values)
+
+    def _values(self, samples_seen: int, step: int) -> dict[str, int | float]:
+        """What may stand in the paths of savers."""
+        epoch, scores = self.loader.order.num_samples, self.state.scores
+        known = scores.best is not None and scores.decided_by == VALIDATION
+        return {
+            "epoch": samples_seen // epoch,
+            "sample": samples_seen % epoch,
+            "step": step,
+            "samples_seen": samples_seen,
+            "best_validation_loss": scores.best.value if known and scores.best else math.nan,
+        }
+
+    def send_again(self) -> None:
+        """Let savers have what is on disk and has not reached them, and files about the run."""
+        if not self.run.track.save or not self.world.leads:
+            return
+        self.saving.meta(self._about())
+        for step in {self.state.step, self.state.scores.best.step if self.state.scores.best else self.state.step}:
+            folder, best = self.folder.checkpoint(step), self.state.scores.best
+            if folder.is_dir():
+                seen = self.state.samples_seen - (self.state.step - step) * self.run.train.batch_size
+                self.saving.catch_up(
+                    folder,
+                    latest=step == self.state.step,
+                    best=best is not None and best.step == step,
+                    values=self._values(seen, step),
+                )
+
+    def tell_failed_saves(self) -> None:
+        """Say what savers have failed at since the last step; the run goes on."""
+        for line in self.saving.check():
+            self.tracker.say(line)
+
+    def _about(self) -> list[Path]:
+        """The files about the run that savers may want."""
+        return [self.folder.config, self.folder.ledger, self.folder.results]
 
     @contextmanager
     def evaluating(self) -> Iterator[Task]:
@@ -183,13 +234,26 @@ class Context:
     def finish(self) -> None:
         """What follows the last step: the checkpoint on disk, the pipeline, the report. Can be left and done again."""
         self.store.close()
+        self.saving.meta(self._about())
+        while self.world.highest(self.saving.left):  # all meet, as one that waits long would be taken for dead
+            self.world.agree_to_stop(self.stop)
+            time.sleep(TICK_SECONDS)
+        self.tell_failed_saves()
         self.stop.on_step()
         self.stop.saves_first = False  # all is saved: a signal may now leave from anywhere
         self.world.barrier()
-        if not self.world.leads:
-            return
+        self.world.lead(self._conclude)
+
+    def _conclude(self) -> None:
+        """What the leading process does at the end; what savers failed at comes last, and fails the run."""
         if self.run.export != "no":
             export_trained(load_trained(self.folder.root, device="cpu"), self.folder.root, pipeline=self.run.export)
             self.tracker.say(f"pipeline written to {self.folder.root}")
+        if self.run.hub:
+            self.tracker.say(f"pushing the pipeline to {self.run.hub.repo}")
+            exported = self.run.export != "no"
+            pushed = push_finished(self.run.hub, self.folder, step=self.state.step, exported=exported)
+            self.tracker.say(f"pipeline pushed to {pushed.url}, commit {pushed.commit[:8]}", commit=pushed.commit)
         self.tracker.say("finished", step=self.state.step)
         write_report(self.folder.root)
+        self.saving.finish()

@@ -84,6 +84,7 @@ def run_until_done(
                 if state.due(c.every.evaluate) and (evaluate(c, stop) or state.due(c.every.checkpoint)):
                     c.save()  # the checkpoint of this step does not know its score yet
                 c.store.check()  # a save that failed in the background
+                c.tell_failed_saves()
             world.agree_to_stop(stop)  # also during the last picture
         except StopRequested:
             for stage in state.trained:

@@ -1,7 +1,8 @@
 """Where a run goes on from: its own newest checkpoint, another's, or scratch."""
 
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ __all__ = ["Origin", "clear", "find_origin"]
 
 # Hidden before it is removed, so that a kill half-way leaves no part of an old run to go on from.
 REMOVED = ".removed-checkpoints"
+# What a run calls its checkpoints, pictures and event files, and what a killed save leaves.
+OURS = re.compile(r"step-\d{8,}(\.png)?|\.(partial|replaced)-.+|events\.out\.tfevents\..+")
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,17 @@ class Origin:
         checkpoint: the folder to load; None starts from scratch.
         replaces: what stands in the run folder and gives way, in words; None if nothing does.
         changes: the keys whose values are not those of the checkpoint; all of them may change.
-        started_from: the checkpoint of another run that this one began with, if any.
+        started_from: the checkpoint of another run, or the weights, that this one began with, if any.
+        weights: the file or folder whose weights are put into the networks, if it is not a checkpoint.
+        facts: what is known of it: where it is from, and which version of it.
     """
 
     checkpoint: Path | None = None
     replaces: str | None = None
     changes: Sequence[Change] = field(default_factory=tuple)
     started_from: str | None = None
+    weights: Path | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def find_origin(
@@ -51,6 +58,8 @@ def find_origin(
     own = store.latest() if resume != "never" else next(iter(store.folders()), None)
     if own is None:
         left = "what a run left that never saved" if folder.config.exists() else None
+        if left and not folder.holds_run():
+            raise ConfigError(f"{folder.config}: no run wrote that. Choose another output folder.")
         if named is None:
             return Origin(replaces=left)
         before = store.load(named).manifest.meta
@@ -106,16 +115,29 @@ def _finished(run: RunConfig, state: dict[str, Any], epoch_samples: int) -> bool
 def clear(folder: RunDir) -> None:
     """Remove what a run wrote, and nothing else that stands in its folder. Only under the run's lock."""
     hidden = folder.root / REMOVED
-    _remove(hidden)
+    _remove_ours(hidden, folder.checkpoints)  # of a time before, that was killed
     if folder.checkpoints.exists():
         folder.checkpoints.rename(hidden)
-        _remove(hidden)
-    for path in (folder.samples, folder.tensorboard, folder.replay):
-        _remove(path)
-    for path in (folder.config, folder.metrics, folder.ledger, folder.events, folder.report, folder.error_log):
+        _remove_ours(hidden, folder.checkpoints)
+    for place in (folder.samples, folder.evaluations, folder.tensorboard):
+        _remove_ours(place, place)
+    for path in (folder.tracking, folder.replay, folder.start):
+        shutil.rmtree(path, ignore_errors=not path.exists())
+    files = (folder.config, folder.metrics, folder.ledger, folder.events, folder.results, folder.report)
+    for path in (*files, folder.error_log):
         path.unlink(missing_ok=True)
 
 
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+def _remove_ours(place: Path, back: Path) -> None:
+    """Remove what a run wrote into a folder; the rest stands in `back` afterwards."""
+    for entry in list(place.iterdir()) if place.is_dir() else []:
+        if not OURS.fullmatch(entry.name):
+            if place != back:
+                back.mkdir(exist_ok=True)
+                entry.rename(back / entry.name)
+        elif entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    if place.is_dir() and not any(place.iterdir()):
+        place.rmdir()

@@ -16,6 +16,7 @@ from eclosion.data.source import Samples, ShardedSamples
 from eclosion.data.torch_dataset import TorchDatasetSamples
 from eclosion.device import pick_device
 from eclosion.errors import ConfigError, EnvironmentProblem, Interrupted, LockedError, OutOfMemory, UserError
+from eclosion.redaction import cleaned
 from eclosion.rundir import RunDir
 from eclosion.training.distributed import world
 from eclosion.training.loop import run_until_done
@@ -103,7 +104,7 @@ def _keep_traceback(run: RunConfig, error: Exception) -> None:
     if path.parent.is_dir():
         try:
             with path.open("a", encoding="utf-8") as file:
-                file.write("".join(traceback.format_exception(error)) + "\n")
+                file.write(cleaned("".join(traceback.format_exception(error))) + "\n")
         except OSError:
             return  # a full disk must not hide the error itself
 

@@ -20,11 +20,14 @@ from eclosion.device import environment, pick_device, pick_precision
 from eclosion.errors import ConfigError
 from eclosion.evaluation.plan import check_evaluation
 from eclosion.exporting import clean_exports
+from eclosion.pushing import ask_hub
 from eclosion.registry import dump
 from eclosion.rng import integer_seed
 from eclosion.rundir import RunDir
 from eclosion.tasks.task import DataFacts, Task, check_wishes
+from eclosion.tracking.saving import Saver, Saving
 from eclosion.tracking.tracker import Tracker, write_json
+from eclosion.training.beginning import about_weights, begin, put_weights
 from eclosion.training.context import Context, Every
 from eclosion.training.distributed import World
 from eclosion.training.evaluating import open_evaluation
@@ -36,6 +39,9 @@ from eclosion.training.validation import Validation, open_validation
 
 __all__ = ["start"]
 
+# How long a run that ends early waits for its savers; it must be gone 25 seconds after a signal.
+GRACE_SECONDS = 5.0
+
 
 @contextmanager
 def start(
@@ -44,7 +50,7 @@ def start(
     """Prepare everything, and go on from where the run stands.
 
     A run starts from, in this order: its own newest whole checkpoint; the checkpoint that `resume`
-    names; scratch.
+    names, or else `start` in the config; the weights that `start` names; scratch.
 
     Raises:
         ConfigError: if the folder holds another run, or the config does not fit the data or itself.
@@ -72,6 +78,7 @@ def start(
             CheckpointStore(folder, keep_last=run.checkpoint.keep_last, keep_every=run.checkpoint.keep_every)
         )
         origin = world.lead(lambda: _origin(run, folder, store, epoch_samples, resume, accept))
+        origin = begin(run, folder, store, origin, world=world, stop=stop, accept=accept)
         loaded = store.load(origin.checkpoint) if origin.checkpoint else None
 
         facts = DataFacts(
@@ -83,17 +90,25 @@ def start(
         task, state = _networks(run, facts, world, device, fp16=precision == "fp16")
         facts = replace(facts, made=task.made)
         meta = _meta(run, samples, facts, epoch_samples, device, precision, world) | {
-            "started_from": origin.started_from
+            "started_from": origin.started_from,
+            "start": dict(origin.facts),
         }
         before, account = dict(loaded.manifest.meta) if loaded else None, None
         if loaded and before:
             _check_data(before, meta, str(origin.checkpoint))
             state.load(loaded.files, loaded.state, leads=world.leads)
             account = _account(loaded.state, state, epoch_samples)
+            meta["start"] = meta["start"] or before.get("start", {})
+        elif origin.weights:
+            put_weights(state, origin.weights)
         validation = stack.enter_context(open_validation(run, facts, world))
         evaluation, told = stack.enter_context(open_evaluation(run, samples, facts, task, world, first=state.span[0]))
         notes = [*_compare_scores(run, state, validation, origin, folder), *told, *_about_previews(run, state)]
+        notes += about_weights(run, state, origin.weights) if origin.weights else []
+        notes += world.lead(lambda: ask_hub(run.hub))
         state.num_steps = _num_steps(run, state, epoch_samples)
+        savers: list[Saver] = []
+        world.lead(lambda: savers.extend(part.open(folder) for part in run.track.save))
         # Nothing of an old run is removed before the new one is known to be possible.
         if origin.replaces and world.leads:
             clear(folder)
@@ -116,6 +131,7 @@ def start(
             _tell(tracker, state, store, origin, before, meta)
             for note in notes:
                 tracker.say(note)
+        saving = stack.enter_context(_saving(Saving(folder, run.track.save if world.leads else (), savers), tracker))
         c = Context(
             run=run,
             world=world,
@@ -129,6 +145,7 @@ def start(
             state=state,
             store=store,
             tracker=tracker,
+            saving=saving,
             stop=stop,
             every=_every(run, epoch_samples),
             meta=meta,
@@ -137,6 +154,7 @@ def start(
             _recorded=state.samples_seen,
         )
         stop.saves_first = True
+        c.send_again()
         with _failures_recorded(c):
             yield c
 
@@ -195,6 +213,25 @@ def _failures_recorded(c: Context) -> Iterator[None]:
         if c.world.leads:
             c.tracker.note(f"ended at step {c.state.step}: {error}", step=c.state.step, kind=type(error).__name__)
         raise
+
+
+@contextmanager
+def _saving(saving: Saving, tracker: Tracker) -> Iterator[Saving]:
+    """The savers, for a run that waits a moment for them when it is stopped, and tells what is left."""
+    try:
+        yield saving
+    except BaseException as error:
+        saving.wait(GRACE_SECONDS)
+        for line in saving.check():
+            tracker.say(line)
+            error.add_note(line)
+        if saving.left:
+            left = f"{saving.left} saves are not where they should be yet. Start the run again, and they are sent."
+            tracker.say(left)
+            error.add_note(left)
+        raise
+    finally:
+        saving.close()
 
 
 def _origin(
@@ -304,7 +341,8 @@ def _tell(
     if now["device"].startswith("cpu") and now["precision"] == "fp16":
         tracker.say("fp16 is slow on a CPU; train.mixed_precision=auto takes what this machine is fast at")
     if before is None:
-        tracker.say(f"training from scratch, {state.num_steps} steps", num_steps=state.num_steps, environment=now)
+        what = f"the weights in {origin.started_from}" if origin.weights else "scratch"
+        tracker.say(f"training from {what}, {state.num_steps} steps", num_steps=state.num_steps, environment=now)
         return
     for change in origin.changes:
         if change.kind == "schedule":

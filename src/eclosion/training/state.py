@@ -295,7 +295,10 @@ class TrainState:
         }
 
     def load(self, files: Mapping[str, Mapping[str, Tensor]], numbers: Mapping[str, Any], *, leads: bool) -> None:
-        """Put back what `tensors` and `numbers` gave."""
+        """Put back what `tensors` and `numbers` gave; CheckpointError names every difference."""
+        others = sorted({name.partition(".")[0] for name in files} - {*self.stages, ENTRY})
+        if others:
+            raise CheckpointError(f"the checkpoint holds {others[0]}, and this run has {', '.join(self.stages)} alone.")
         for stage in self.stages.values():
             stage.load(files)
             total, count = numbers["losses"].get(stage.name, (0, 0))
