@@ -92,3 +92,20 @@ def test_a_signal_anywhere_around_a_wait_is_agreed_on_before_it_leaves():
         outcomes.append(left)
     assert True in outcomes
     assert False in outcomes
+
+
+def test_a_signal_during_a_meeting_is_agreed_on_at_the_next_one():
+    """The others do not know of it yet; and it must not be forgotten."""
+    stop = StopSignals()
+    stop.saves_first = True
+    world = Mock(spec=World, size=2)
+
+    def meet(value):
+        stop._note(signal.SIGTERM, None)
+        return value
+
+    world.highest.side_effect = meet
+    World.agree_to_stop(world, stop)
+    assert stop.received == signal.SIGTERM
+    with pytest.raises(StopRequested):
+        World.agree_to_stop(world, stop)

@@ -239,7 +239,7 @@ class Context:
             self.world.agree_to_stop(self.stop)
             time.sleep(TICK_SECONDS)
         self.tell_failed_saves()
-        self.stop.on_step()
+        self.world.agree_to_stop(self.stop)
         self.stop.saves_first = False  # all is saved: a signal may now leave from anywhere
         self.world.barrier()
         self.world.lead(self._conclude)

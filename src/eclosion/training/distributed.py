@@ -94,8 +94,10 @@ class World:
 
     def agree_to_stop(self, stop: StopSignals) -> None:
         """Leave through `StopRequested` on every process if a signal has come to any."""
-        stop.received = self.highest(stop.received)
-        stop.on_step()
+        found = self.highest(stop.received)
+        if found:  # one that comes while they meet stays noted, and is agreed on at the next meeting
+            stop.received = found
+            raise StopRequested
 
     def wait_for(self, stop: StopSignals, fetch: Callable[[], T]) -> T:
         """What `fetch` gets: a wait for data that a signal may end at once, through `StopRequested` on every process.
