@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.row import NotMeasured
 from bench.turns import Gate
-from bench.work import ENDLESS, Pictures, StopsAtGate
+from bench.work import ENDLESS, HeldWorld, Pictures
 from eclosion.config.load import load
 from eclosion.data.batch import Batch
 from eclosion.data.source import Sample
@@ -24,8 +24,8 @@ from eclosion.importing import Imported, import_checkpoint
 from eclosion.rundir import RunDir
 from eclosion.tasks.task import DataFacts, Task
 from eclosion.tasks.unclip_tier import Draws
-from eclosion.training.distributed import World
 from eclosion.training.loop import run_until_done
+from eclosion.training.signals import StopSignals
 
 __all__ = ["PEER", "Cascade", "Embedded", "Peer", "imported", "our_steps"]
 
@@ -195,7 +195,7 @@ class Peer:
 def our_steps(gate: Gate, config: dict[str, Any], samples: Embedded, checkpoint: Path) -> None:
     """The loop of eclosion itself, unchanged, for ever; its gate lies between the loader and the first draw."""
     run_until_done(
-        load(config).run, samples, world=World(), stop=StopsAtGate(gate), resume=str(checkpoint), accept=True
+        load(config).run, samples, world=HeldWorld(gate=gate), stop=StopSignals(), resume=str(checkpoint), accept=True
     )
 
 

@@ -30,9 +30,9 @@ __all__ = [
     "ENDLESS",
     "SMOKE",
     "TINY",
+    "HeldWorld",
     "Network",
     "Pictures",
-    "StopsAtGate",
     "bare_steps",
     "facts",
     "gflop",
@@ -212,25 +212,21 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-class StopsAtGate(StopSignals):
+@dataclass(frozen=True)
+class HeldWorld(World):
     """What the loop asks once per step whether it shall stop; here it asks whose turn it is."""
 
-    def __init__(self, gate: Gate) -> None:
-        super().__init__()
-        self._gate = gate
+    gate: Gate | None = None
 
-    @contextmanager
-    def leaving(self) -> Iterator[None]:
-        """The wait for data, which the loop asks about as well: no step ends there."""
-        yield
-
-    def on_step(self, *_: object) -> None:
-        self._gate()
+    def agree_to_stop(self, stop: StopSignals) -> None:
+        """Wait for the next turn."""
+        assert self.gate is not None
+        self.gate()
 
 
 def our_steps(gate: Gate, config: dict[str, Any], pictures: Pictures) -> None:
     """The loop of eclosion itself, unchanged, for ever; its gate lies between the loader and the first draw."""
-    run_until_done(load(config).run, pictures, world=World(), stop=StopsAtGate(gate))
+    run_until_done(load(config).run, pictures, world=HeldWorld(gate=gate), stop=StopSignals())
 
 
 def bare_steps(gate: Gate, network: Network, precision: str) -> None:
