@@ -32,6 +32,15 @@ pytestmark = [
 ]
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "configs").glob("dalle2*.json"))
+# A run that is so slow that it is killed long before its end.
+SLOW = """
+import time
+from eclosion.cli import main
+from eclosion.tracking import following, tracker
+following.PAUSE_SECONDS, log = 0.05, tracker.Tracker.log
+tracker.Tracker.log = lambda *args, **kwargs: (time.sleep(1), log(*args, **kwargs))
+main()
+"""
 WANDB = {"log_type": "wandb", "wandb_entity": "me", "wandb_project": "birds"}
 
 
@@ -158,19 +167,21 @@ def test_a_run_that_is_killed_goes_on_in_its_own_run_at_wandb_if_that_is_wanted(
     log = {**WANDB, "auto_resume": auto_resume}
     config = settings(shards, epoch_samples=240, log=log, save={"save_latest_to": True})
     Path("config.json").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "eclosion", "train", "config.json", "track.every=1 steps"]
-    command += ["sample.num_images=0", "checkpoint.every=5 steps", "validate.every=null"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as training:
+    arguments = ["train", "config.json", "track.every=1 steps", "sample.num_images=0", "checkpoint.every=5 steps"]
+    arguments += ["validate.every=null"]
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as training:
         until = time.monotonic() + 300
         standing = Path("run/tracking/wandb.json")
-        while not (standing.exists() and json.loads(standing.read_text())["step"] >= 10):
+        while not (standing.exists() and json.loads(standing.read_text())["step"] >= 7):
             assert time.monotonic() < until
             assert training.poll() is None
             time.sleep(0.02)
         os.kill(training.pid, signal.SIGKILL)
     before = read_standing(standing)
     assert not RunDir(tmp_path / "run").checkpoint(60).exists()
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "eclosion", *arguments], check=True, capture_output=True)
     after = read_standing(standing)
     assert (before.run_id == after.run_id) == auto_resume
     assert step_of("latest.pth") == 60
