@@ -122,6 +122,19 @@ def slow(*args, **kwargs):
 storage.write = slow
 """
 
+# The end of a run, such as an upload, takes longer than a process that does not come is waited for.
+SLOW_END = """
+import time
+from datetime import timedelta
+from eclosion.training import distributed
+from eclosion.training.context import Context
+distributed.TIMEOUT, conclude = timedelta(seconds=8), Context._conclude
+def slow(context):
+    time.sleep(12)
+    conclude(context)
+Context._conclude = slow
+"""
+
 # Writes down the loss of each image, and how often gradients were exchanged.
 WATCHED = """
 import json, os, sys, torch
@@ -298,3 +311,10 @@ def test_an_environment_that_names_half_a_world_is_refused(name, monkeypatch):
     monkeypatch.delenv("RANK")
     with pytest.raises(ConfigError, match="RANK is None"), world("cpu"):
         pass
+
+
+def test_processes_wait_for_the_end_of_a_run_however_long_it_takes(make_config, tmp_path):
+    config = make_config(tmp_path / "run", train={"duration": "1 steps"}, sample={"num_images": 0})
+    code, output = finish(start(config, tmp_path, script=script_of(tmp_path, SLOW_END)))
+    assert code == 0, output
+    assert "finished" in output

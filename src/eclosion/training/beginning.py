@@ -6,25 +6,23 @@ weights alone                   a model, a folder of diffusers, a safetensors fi
 """
 
 import shutil
-import threading
-import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
-from eclosion.checkpoint import disk, storage
+from eclosion.checkpoint import storage
 from eclosion.checkpoint.copying import is_model
 from eclosion.checkpoint.store import CheckpointStore
 from eclosion.checkpoint.weights import PIPELINE, differences, read_weights, said_beside
 from eclosion.config.changes import compare, refuse
 from eclosion.config.schema import RunConfig
-from eclosion.errors import CheckpointError, DataError, UserError
+from eclosion.errors import CheckpointError, DataError
 from eclosion.importing.starting import import_for
 from eclosion.registry import dump
 from eclosion.rundir import RunDir
@@ -36,12 +34,8 @@ from eclosion.training.state import TrainState
 
 __all__ = ["about_weights", "begin", "put_weights"]
 
-T = TypeVar("T")
-
 # Options of a network that its weights do not depend on.
 NOT_OF_WEIGHTS = ("sample_size", "dropout")
-# How often processes meet while one of them fetches.
-TICK_SECONDS = 0.2
 
 
 def begin(
@@ -69,7 +63,7 @@ def begin(
     was_here = bool(world.lead(lambda: folder.config.exists() and not store.folders()))
     if loader.only_when_resuming and not was_here:
         return origin
-    found = _while_all_wait(lambda: _fetched(loader, folder), world, stop)
+    found = world.lead_slowly(lambda: _fetched(loader, folder), stop)
     began: Origin = world.lead(lambda: _origin(run, folder, found, origin, accept=accept))
     # What the run left is what goes on; its numbers stay.
     return replace(began, replaces=None) if loader.only_when_resuming else began
@@ -138,43 +132,6 @@ def _fetched(loader: LoaderPart, folder: RunDir) -> Path:
     folder.start.mkdir(parents=True, exist_ok=True)
     (folder.start / FACTS).unlink(missing_ok=True)
     return loader.fetch(folder.start)
-
-
-def _while_all_wait(work: Callable[[], T], world: World, stop: StopSignals) -> T:
-    """What the leading process gets from work that may take long, on every process.
-
-    Alone, it is simply done. With several, processes meet again and again, as they would take one that does not come
-    for dead.
-    """
-    if world.size == 1:
-        return work()
-    outcome: list[tuple[T | None, UserError | None]] = []
-
-    def do() -> None:
-        try:
-            outcome.append((work(), None))
-        except UserError as error:
-            outcome.append((None, error))
-        except Exception as error:  # noqa: BLE001 - told by the process that waits, as otherwise it would wait for ever
-            outcome.append((None, UserError(f"start: {type(error).__name__}: {disk.reason(error)}.")))
-
-    before, stop.saves_first = stop.saves_first, True  # a signal is noted, so that all leave at the same meeting
-    try:
-        if world.leads:
-            threading.Thread(target=do, name="eclosion-fetch", daemon=True).start()
-        while not world.from_leader(bool(outcome)):
-            world.agree_to_stop(stop)
-            time.sleep(TICK_SECONDS)
-    finally:
-        stop.saves_first = before
-
-    def give() -> T:
-        value, error = outcome[0]
-        if error is not None:
-            raise error
-        return value  # type: ignore[return-value]  # a value is there when no error is
-
-    return world.lead(give)
 
 
 def _origin(run: RunConfig, folder: RunDir, found: Path, origin: Origin, *, accept: bool) -> Origin:

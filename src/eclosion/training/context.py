@@ -242,7 +242,7 @@ class Context:
         self.world.agree_to_stop(self.stop)
         self.stop.saves_first = False  # all is saved: a signal may now leave from anywhere
         self.world.barrier()
-        self.world.lead(self._conclude)
+        self.world.lead_slowly(self._conclude, self.stop)  # an upload takes its time
 
     def _conclude(self) -> None:
         """What the leading process does at the end; what savers failed at comes last, and fails the run."""

@@ -6,7 +6,10 @@ decision to stop, and before and after a checkpoint.
 """
 
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +28,8 @@ T = TypeVar("T")
 
 # Long enough for a slow disk, short enough that a dead process does not hold the others for hours.
 TIMEOUT = timedelta(minutes=10)
+# How often processes meet while one of them is at work for all.
+TICK_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,32 @@ class World:
             told.exit_code = code
             raise told
         return result  # type: ignore[no-any-return]
+
+    def lead_slowly(self, work: Callable[[], T], stop: StopSignals) -> T:
+        """As `lead`, for work that may take long; a signal leaves through `StopRequested` on every process.
+
+        Processes meet again and again meanwhile, as they would take one that does not come for dead.
+        """
+        if self.size == 1:
+            return work()
+        done: Future[T] = Future()
+
+        def do() -> None:
+            try:
+                done.set_result(work())
+            except Exception as error:  # noqa: BLE001 - raised by the process that waits for it
+                done.set_exception(error)
+
+        before, stop.saves_first = stop.saves_first, True  # noted, so that all leave at the same meeting
+        try:
+            if self.leads:
+                threading.Thread(target=do, name="eclosion-lead", daemon=True).start()
+            while not self.from_leader(done.done()):
+                self.agree_to_stop(stop)
+                time.sleep(TICK_SECONDS)
+        finally:
+            stop.saves_first = before
+        return self.lead(done.result)
 
     def from_leader(self, value: Any) -> Any:
         """The leader's value, on every process."""
