@@ -9,7 +9,7 @@ export OMP_NUM_THREADS = 1
 
 # The main job on built-in data: about three and a half minutes, ends with a picture.
 demo: $(VENV)/ready
-	OMP_NUM_THREADS= $(BIN)/eclosion demo
+	env -u OMP_NUM_THREADS $(BIN)/eclosion demo
 
 check: lint test
 

@@ -100,7 +100,20 @@ def test_a_checkpoint_sampled_by_name_keeps_its_folder_clean(uninterrupted, tmp_
     shutil.copytree(uninterrupted, run)
     folder = sample(run / "checkpoints" / "step-00000009", num_images=1)
     assert folder == run / "samples" / "step-00000009-seed-0"
+    first = (folder / "000000.png").read_bytes()
+    again = sample(run, checkpoint=9, num_images=1, num_inference_steps=5)
+    assert again == run / "samples" / "step-00000009-seed-0-2"
+    assert (folder / "000000.png").read_bytes() == first
+    assert (again / "000000.png").read_bytes() != first
     assert not (run / "checkpoints" / "step-00000009" / "samples").exists()
+
+
+def test_images_that_are_there_are_neither_replaced_nor_mixed_with_others(uninterrupted, tmp_path):
+    folder = sample(uninterrupted, num_images=2, num_inference_steps=2, out=tmp_path / "made")
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ConfigError, match=r"out: there are images in .*made already, such as 000000\.png"):
+        sample(uninterrupted, num_images=1, seed=1, num_inference_steps=2, out=folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
 
 
 def test_a_checkpoint_alone_is_enough_to_sample(uninterrupted, tmp_path):

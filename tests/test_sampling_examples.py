@@ -261,11 +261,12 @@ def test_the_command_line_says_the_same(command, run, tmp_path):
         run, embeddings=rows, num_inference_steps=[3, 1], guidance_scale=[1.5, 1], seed=7, out=tmp_path / "here"
     )
     assert np.array_equal(pixels(tmp_path / "cli", 2), pixels(here, 2))
+    out = tmp_path / "small"
     small = command(
-        "sample", run, "--from-data", "val", "--n", 1, "--last", "unet_0", "--checkpoint", "best", "--out", here
+        "sample", run, "--from-data", "val", "--n", 1, "--last", "unet_0", "--checkpoint", "best", "--out", out
     )
     assert small.out.startswith("1 images")
-    assert pixels(here, 1).shape == (1, 8, 8, 3)
+    assert pixels(out, 1).shape == (1, 8, 8, 3)
     wrong = command("sample", run, "--steps", "3;1")
     assert (wrong.code, wrong.err) == (2, "error: --steps is '3;1', and must be numbers such as 20 or 20,10.\n")
 

@@ -19,6 +19,7 @@ from eclosion.evaluation.made import DataExamples
 from eclosion.evaluation.measuring import measure
 from eclosion.evaluation.plan import Part, check_needs
 from eclosion.evaluation.reference import kept_images, reference_of, save_statistics
+from eclosion.metrics.floor import floor
 from eclosion.metrics.metric import Evidence, Moments, Reference
 from eclosion.models.image_encoder import ImageEncoder, Preprocess
 from eclosion.registry import ENCODERS, build, part
@@ -112,6 +113,25 @@ def test_a_row_says_all_that_its_number_means():
     assert told["floor"]["n"] + told["floor"]["n_reference"] <= 60
     # real against real is about zero, and these images are not real
     assert told["value"] > told["floor"]["interval"][1]
+
+
+def test_the_inception_score_stands_beside_that_of_real_images_and_depends_on_none(tmp_path):
+    made, real, encoder = Pictures("made", top=200), Pictures("real", seed=1, count=60), tiny()
+    score = {"name": "inception_score", "splits": 2, "wants_logits": False}
+
+    def found(against):
+        return measured(made, against, metrics=[score], extractor=encoder).rows[0]
+
+    alone, beside = found(None), found(real)
+    assert alone.floor is None
+    drawn = Reference(Moments.of(real.features(encoder)), real.features(encoder)[kept_images(real)])
+    wanted = floor(build("metrics", score), drawn, COUNT)
+    assert beside.floor.value == pytest.approx(wanted.scores["inception_score"].value, rel=1e-6)
+    assert (beside.floor.n, beside.floor.n_reference) == (COUNT, None)
+    assert (beside.value, beside.n_reference, beside.against) == (alone.value, None, None)
+    path = tmp_path / "features.safetensors"  # which need not be of what names classes
+    save_statistics(path, drawn, images=real, part=None, encoder=encoder)
+    assert found(path) == alone
 
 
 @part

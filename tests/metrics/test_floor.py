@@ -27,6 +27,15 @@ def test_it_is_the_score_of_a_part_of_the_reference_against_the_rest(name, made,
     assert found.scores == metric.scores(Evidence(drawn, Reference(Moments.of(rest), rest), seed=4))
 
 
+@pytest.mark.parametrize(("made", "part"), [(30, 30), (200, 120)], ids=str)
+def test_of_a_score_that_compares_with_no_images_it_is_that_of_real_ones(made, part):
+    metric, real = build("metrics", {"name": "inception_score", "splits": 2}), reference(120, 1)
+    drawn = real.features[torch.from_numpy(generator(4, "floor").permutation(120))[:part]]
+    found = floor(metric, real, made, 4)
+    assert (found.made, found.reference) == (part, None)
+    assert found.scores == metric.scores(Evidence(drawn, seed=4))
+
+
 def test_memorisation_has_a_floor_where_there_are_training_images():
     metric, held_out = build("metrics", "memorisation"), reference(400, 1)
     assert floor(metric, held_out, 100) is None

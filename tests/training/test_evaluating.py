@@ -235,13 +235,13 @@ def test_the_command_shares_its_work_among_the_processes_of_torchrun_and_tells_t
     assert [score for score, *_ in found[1]] == ["kid", "fid"]
 
 
-def scripted(monkeypatch, values):
+def scripted(monkeypatch, values, *, seen_by="fingerprint"):
     """An evaluation finds what is written here, by step, with an error of 0.1."""
     key = {"name": "kid", "value": 0.0}
 
     def found(c, task, part, weights, stop):
         value = values.get(c.state.step, 9.0)
-        extractor = evaluating_extractor()
+        extractor = evaluating_extractor(seen_by)
         row = Result(
             "kid", key, value, 0.1, None, "lower", 13, 18, 0, None, extractor, {"step": c.state.step}, None, ()
         )
@@ -250,10 +250,10 @@ def scripted(monkeypatch, values):
     monkeypatch.setattr(evaluating, "_measured", found)
 
 
-def evaluating_extractor():
+def evaluating_extractor(fingerprint):
     from eclosion.evaluation.results import Extractor
 
-    return Extractor("efficientnet_lite0", {}, "weights", "fingerprint", "bicubic")
+    return Extractor("efficientnet_lite0", {}, "weights", fingerprint, "bicubic")
 
 
 @pytest.mark.parametrize("best", ["kid", "kid/efficientnet_lite0"])
@@ -270,6 +270,23 @@ def test_a_score_decides_which_checkpoint_is_the_best(best, make_config, tmp_pat
     assert scores_of(run, 12)["networks"]["unet"]["step"] > 0  # validation goes on beside it
     train(config, ["checkpoint.best=validation", "train.duration=13 steps"], accept_changes=True)
     assert scores_of(run, 13)["best"]["step"] == 13
+
+
+def test_a_score_of_another_extractor_begins_the_search_for_the_best_anew_and_that_is_said(
+    make_config, tmp_path, monkeypatch
+):
+    scripted(monkeypatch, {2: 0.1, 4: 0.3})
+    config = with_evaluation(
+        make_config, tmp_path / "run", evaluate={"every": "2 steps"}, checkpoint={"every": "2 steps", "best": "kid"}
+    )
+    run = train(config, ["train.duration=4 steps"])
+    assert scores_of(run, 4)["best"]["step"] == 2
+    anew = "is measured in another way than at step 2, the best one so far"
+    assert not any(anew in event for event in told(run))
+    scripted(monkeypatch, {6: 0.7, 8: 0.8}, seen_by="another")
+    train(config, ["train.duration=8 steps"], accept_changes=True)
+    assert scores_of(run, 8)["best"]["step"] == 6
+    assert sum(anew in event for event in told(run)) == 1
 
 
 def test_another_part_is_compared_with_after_the_last_step(make_config, tmp_path):

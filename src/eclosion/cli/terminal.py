@@ -254,10 +254,10 @@ def _interval(row: "Result") -> str:
 
 
 def _floor(floor: "Floor | None") -> str:
-    return "" if floor is None else f"{_number(floor.value)} ({floor.n:,} and {floor.n_reference:,})"
+    return "" if floor is None else f"{_number(floor.value)} ({_counts(floor)})"
 
 
-def _counts(row: "Result") -> str:
+def _counts(row: "Result | Floor") -> str:
     return f"{row.n:,}" if row.n_reference is None else f"{row.n:,} and {row.n_reference:,}"
 
 

@@ -143,7 +143,8 @@ def evaluate(
         needs = {need for metric in chosen for need in metric.needs}
         if "originals" in needs:
             made = opener.paired(made, against)
-        reference = opener.against(against, made) if "reference" in needs else None
+        has_floor = against is not None and not all(metric.needs for metric in chosen)
+        reference = opener.against(against, made) if "reference" in needs or has_floor else None
         trained_on = opener.train(train, made) if "train" in needs else None
         looks = _extractor(own.extractor if extractor is None else extractor)
         _check_alike(made.images, workers)

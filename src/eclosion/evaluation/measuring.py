@@ -136,7 +136,8 @@ def measure(
     known: dict[Need, Images | Path | None] = {"reference": against, "train": train}
     for metric, look in zip(parts, uses, strict=True):
         for need, images in known.items():
-            if need in metric.needs and f"{need} {look.key}" not in references:
+            has_floor = need == "reference" and not metric.needs and not isinstance(images, Path)
+            if (need in metric.needs or has_floor) and f"{need} {look.key}" not in references:
                 references[f"{need} {look.key}"] = real(images, need, look)
     notes_of = [list(_problems(m, look, len(made), references)) for m, look in zip(parts, uses, strict=True)]
 
@@ -251,6 +252,7 @@ def _results(
     seed: int,
 ) -> Iterator[tuple[Result, Score]]:
     reference = evidence.reference
+    compared = reference if "reference" in metric.needs else None  # else it is there for the floor
     scores = metric.scores(evidence)
     best = None if reference is None else floor(metric, reference, len(evidence.made), seed, evidence.train)
     for name, score in scores.items():
@@ -263,12 +265,12 @@ def _results(
             interval=score.interval,
             better=metric.better[name],
             n=len(evidence.made),
-            n_reference=None if reference is None else reference.moments.count,
+            n_reference=None if compared is None else compared.moments.count,
             seed=seed,
             floor=Floor.of(bound, n=best.made, n_reference=best.reference) if best and bound else None,
             extractor=look.extractor,
             made=told.made,
-            against=None if reference is None else told.against,
+            against=None if compared is None else told.against,
             train=told.train if "train" in metric.needs else None,
             notes=(*notes, *score.notes),
         )

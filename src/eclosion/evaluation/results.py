@@ -40,23 +40,23 @@ class Extractor:
 
 @dataclass(frozen=True)
 class Floor:
-    """The same score between real images and other real images: what a perfect generator would get.
+    """The same score of real images, against other real images where it compares: what a perfect generator would get.
 
     Attributes:
         value, error, interval: as in `Result`.
         n: real images that stood in for those that are scored.
-        n_reference: real images that they were compared with.
+        n_reference: real images that they were compared with; None if the score compares with none.
     """
 
     value: float
     error: float | None
     interval: tuple[float, float] | None
     n: int
-    n_reference: int
+    n_reference: int | None
 
     @classmethod
-    def of(cls, score: Score, *, n: int, n_reference: int) -> "Floor":
-        """A score between so many images and so many others."""
+    def of(cls, score: Score, *, n: int, n_reference: int | None) -> "Floor":
+        """A score of so many images against so many others."""
         return cls(score.value, score.error, score.interval, n, n_reference)
 
 

@@ -14,17 +14,17 @@ __all__ = ["Floor", "floor"]
 
 @dataclass(frozen=True)
 class Floor:
-    """Scores of real images against other real images.
+    """Scores of real images, against other real images where the metric compares.
 
     Attributes:
         scores: by name, as the metric gives them.
         made: real images that stood in for those that are scored.
-        reference: other real images that they were compared with.
+        reference: other real images that they were compared with; None if the metric compares with none.
     """
 
     scores: dict[str, Score]
     made: int
-    reference: int
+    reference: int | None
 
 
 def floor(
@@ -35,7 +35,8 @@ def floor(
     Args:
         metric: what is scored.
         reference: real images; of those whose features were kept, a part is drawn with `seed`.
-        made: images that the evaluation scores; as many are drawn, or half of the reference if it has too few.
+        made: images that the evaluation scores; as many are drawn, or half of the reference if it has too few, or all
+            of it for a metric that compares with none.
         seed: of that draw, and of what the metric draws.
         train: images that were trained on, for a metric that needs them.
 
@@ -44,18 +45,20 @@ def floor(
         sets of images.
     """
     here = {"reference", "train"} if train is not None else {"reference"}
+    compares = "reference" in metric.needs
     kept = reference.features
     if isinstance(metric, Memorisation) and train is not None:
         kept = metric.fresh(reference, train).features  # copies that were held out by mistake are not what chance gives
-    part = min(made, len(kept) // 2)
+    part = min(made, len(kept) // 2 if compares else len(kept))
     if not set(metric.needs) <= here or part == 0:
         return None
     order = torch.from_numpy(generator(seed, "floor").permutation(len(kept)))
     drawn, rest = kept[order[:part]], kept[order[part:]]
-    evidence = Evidence(made=drawn, reference=Reference(Moments.of(rest), rest), train=train, seed=seed)
+    other = Reference(Moments.of(rest), rest) if compares else None
+    evidence = Evidence(made=drawn, reference=other, train=train, seed=seed)
     try:
         for _ in metric.problems(made=part, reference=len(rest), dim=kept.shape[1]):
             pass  # what holds for the scores holds for their floor
-        return Floor(metric.scores(evidence), part, len(rest))
+        return Floor(metric.scores(evidence), part, len(rest) if compares else None)
     except (ConfigError, Unscorable):
         return None

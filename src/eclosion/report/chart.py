@@ -31,11 +31,13 @@ KNOWN = {
     "evaluate/density": ("Density", True, False),
     "evaluate/coverage": ("Coverage", True, False),
     "evaluate/memorised": ("Share that is memorised", True, False),
+    "evaluate/nearer_than_held_out": ("Nearer to training than held-out ones", False, False),
     "validation/skipped": ("Validation images skipped", True, False),
     "train/grad_norm": ("Gradient norm", True, True),
     "train/lr": ("Learning rate", True, False),
     "perf/images_per_second": ("Images per second", True, True),
     "perf/data_wait": ("Share of time waiting for data", True, True),
+    "perf/evaluate_seconds": ("Seconds per evaluation", True, False),
     "sys/memory_gb": ("Memory, GiB", True, False),
 }
 

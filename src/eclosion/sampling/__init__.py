@@ -94,7 +94,7 @@ def sample(
         first, last: the networks of a cascade to begin and to end with, by name or number. One that is not the first
             begins with small versions of `images` or of `from_data`.
         checkpoint: of a run folder: "latest", "best" as `checkpoint.best` of the run says, or a step.
-        out: where they go; none makes a folder inside the run's.
+        out: where they go, without images in it; none makes a new folder inside the run's.
         batch_size: images made at once.
         device: "auto", "cpu", "cuda" or "mps".
         on_step: called with (step, steps) before each network call.
@@ -105,9 +105,11 @@ def sample(
 
     Raises:
         CheckpointError: if the run has no checkpoint.
-        ConfigError: if an option is wrong, or does not go with the run or another option.
+        ConfigError: if an option is wrong, or does not go with the run or another option; if there are images in `out`.
         DataError: if embeddings or images cannot be read.
     """
+    if out is not None:
+        _refuse_images(Path(out))
     if (num_images is not None and num_images < 1) or batch_size < 1:
         raise ConfigError(f"num_images is {num_images} and batch_size is {batch_size}; both must be at least 1.")
     trained = load_trained(folder, checkpoint=checkpoint, device=device, encodes=images is not None)
@@ -132,11 +134,37 @@ def sample(
         first=span[0],
         last=span[1],
     )
-    target = Path(out) if out else trained.folder.samples / f"step-{trained.step:08d}-seed-{seed}"
+    target = Path(out) if out else _new_folder(trained.folder.samples / f"step-{trained.step:08d}-seed-{seed}")
     for i, pixels in enumerate(made):
         save_png(Image.fromarray(pixels), target / f"{i:06d}.png")
     save_png(sheet_of(made, examples), target / "grid.png")
     return target
+
+
+def _refuse_images(out: Path) -> None:
+    """See that images which are there are neither replaced nor left among others.
+
+    Raises:
+        ConfigError: naming one of them.
+    """
+    there = sorted(path.name for path in out.glob("*.png"))
+    if there:
+        raise ConfigError(
+            f"out: there are images in {out} already, such as {there[0]}. Name another folder, or remove it."
+        )
+
+
+def _new_folder(wanted: Path) -> Path:
+    """The folder, or with -2, -3 and so on behind its name if it is there: made, and nobody else's."""
+    folder, number = wanted, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}-{number}")
+        else:
+            return folder
 
 
 def sheet_of(images: NDArray[np.uint8], examples: Examples | None) -> Image.Image:

@@ -236,6 +236,11 @@ def _decides(c: "Context", measured: Measured) -> bool:
         return False
     row = found[0]
     if scores.decided_by != (now := _what_decides(row)):
+        if scores.best is not None and c.world.leads:
+            c.tracker.say(
+                f"{row.score} is measured in another way than at step {scores.best.step}, the best one so far, and "
+                "does not compare with it: the best checkpoint is looked for anew"
+            )
         scores.forget_best(now)
     score = Score(c.state.step, row.value, row.error)
     return scores.decide(score, lower=row.better == "lower", influence=measured.influences.get(row.key))
