@@ -22,6 +22,7 @@ exclude_patterns = [
     "benchmarks_notes.md",
     "examples/clipart_numbers.md",
     "examples/degradations_numbers.md",
+    "explanation/uncertainty_numbers.md",
 ]
 
 myst_enable_extensions = ["attrs_inline", "deflist", "dollarmath"]

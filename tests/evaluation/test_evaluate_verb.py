@@ -24,6 +24,8 @@ from eclosion.evaluation.pipelines import FollowedData, PipelineImages, images_o
 from eclosion.models.image_encoder import ImageEncoder, Preprocess
 from eclosion.registry import ENCODERS, build, part
 from eclosion.rng import integer_seed
+from eclosion.sampling import save_png
+from eclosion.tasks.unconditional import UnconditionalTask
 
 DIM = 6
 SOURCE = "butterflies,size=12,resolution=16"
@@ -118,6 +120,38 @@ def test_a_run_scores_as_it_scored_itself_with_the_options_of_its_config(make_co
     assert evaluate(run, metrics="kid", seed=0).results[0].made["seed"] == 0
     with pytest.raises(ConfigError, match="makes images of 16x16 pixels"):
         evaluate(run, image_size=32)
+
+
+def test_a_run_that_knows_classes_makes_them_as_often_as_its_data_has_them(make_config, tmp_path, monkeypatch):
+    section = {"every": 1, "metrics": ["fid"], "extractor": "fake", "num_samples": 12, "batch_size": 4}
+    section["sampler"] = {"name": "euler", "num_inference_steps": 2}
+    config = make_config(tmp_path / "run", train={"duration": "1 steps"}, sample={"num_images": 0})
+    config["task"] |= {"class_conditional": True}
+    root = tmp_path / "data"
+    for i in range(16):
+        save_png(Image.new("RGB", (20, 20), (16 * i, 0, 0)), root / ("few" if i < 3 else "many") / f"{i}.png")
+    config["data"]["source"] = {"name": "folder", "root": str(root), "class_names_from_folders": True}
+    asked = []
+    conditions = UnconditionalTask.conditions
+
+    def watched(task, indices, examples=None):
+        asked.extend(examples["label"].tolist() if examples is not None else [])
+        return conditions(task, indices, examples)
+
+    monkeypatch.setattr(UnconditionalTask, "conditions", watched)
+    run = train(config | {"evaluate": section})
+    in_loop, asked[:] = list(asked), []
+    itself = json.loads((run / "results.json").read_text())["results"][-1]
+    again = evaluate(run).results[0]
+    assert in_loop == asked
+    assert 9 <= sum(in_loop) < 12
+    assert (again.value, again.made["fingerprint"]) == (itself["value"], itself["made"]["fingerprint"])
+    assert again.made["classes"] == f"the train data of {run}"
+    shutil.move(root, tmp_path / "elsewhere")
+    asked.clear()
+    found = evaluate(run, against=SOURCE)
+    assert (asked, found.results[0].made.get("classes")) == ([], None)
+    assert any("classes come in equal shares, as the run's data is not there" in note for note in found.notes)
 
 
 def test_a_second_evaluation_replaces_the_same_score_and_leaves_others(run):

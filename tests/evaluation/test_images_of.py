@@ -9,10 +9,19 @@ import torch
 from PIL import Image
 
 from eclosion.config.load import load
+from eclosion.data.batch import Batch
 from eclosion.errors import ConfigError, DataError
-from eclosion.evaluation.made import DataExamples, TaskImages, images_of_run, weights_of
+from eclosion.evaluation.made import (
+    DataClasses,
+    DataExamples,
+    TaskImages,
+    follows_classes,
+    images_of_run,
+    weights_of,
+)
 from eclosion.evaluation.real import DataImages, FolderImages, PairedImages
 from eclosion.registry import build
+from eclosion.rng import generator
 from eclosion.sampling import load_trained, make_images
 from eclosion.sampling.examples import from_samples
 from eclosion.sampling.pictures import to_uint8
@@ -241,12 +250,63 @@ def test_what_images_are_made_from_comes_with_them():
         examples=examples,
     )  # fmt: skip
     batch = from_samples(data.source.open(), data, None, seed=0)
+    own = int(drawn_order(data.source.open())[1])
     seen = images.read([1, 7])  # the eighth follows the second of six again
-    assert np.array_equal(first_rows(seen.originals), to_uint8(batch["image"][[1, 1]]))
-    torch.testing.assert_close(seen.conditions, batch["image"].mean((2, 3))[[1, 1]])
-    assert seen.captions == [batch["caption"][1]] * 2
+    assert np.array_equal(first_rows(seen.originals), to_uint8(batch["image"][[own, own]]))
+    torch.testing.assert_close(seen.conditions, batch["image"].mean((2, 3))[[own, own]])
+    assert seen.captions == [batch["caption"][own]] * 2
     assert images.brings == {"originals", "captions", "conditions"}
     assert torch.equal(seen.pixels[:, :, 0, 0], torch.from_numpy(to_uint8(seen.conditions[:, :, None, None]))[:, 0, 0])
+
+
+def drawn_order(samples):
+    """In which they are followed, whatever order they are sorted in."""
+    return generator(0, "examples", samples.fingerprint).permutation(len(samples))
+
+
+@pytest.fixture
+def sorted_by_class(tmp_path):
+    """Data of three classes: 2 of the first, 3 of the second and 15 of the third."""
+    for name, count in (("a", 2), ("b", 3), ("c", 15)):
+        (tmp_path / "sorted" / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / "sorted" / name / f"{i}.png")
+    source = {"name": "folder", "root": str(tmp_path / "sorted"), "class_names_from_folders": True}
+    return load({"output": "x", "data": {"source": source, "image_size": 4}}).run.data
+
+
+class Coloured:
+    """A task whose images have the red of their class."""
+
+    wants, sizes = (), {"unet": (4, 4)}
+
+    def __init__(self):
+        self.nets = {"unet": torch.nn.Linear(1, 1)}
+
+    def check_sampling(self, sampler, guidance_scale):
+        pass
+
+    def conditions(self, indices, examples=None):
+        return examples if examples is not None else Batch(indices, torch.ones(len(indices)), {"label": torch.zeros(1)})
+
+    def sample(self, conditions, rngs, **options):
+        return (conditions["label"][:, None, None, None].float() / 127.5 - 1).expand(-1, 3, 4, 4)
+
+
+def test_classes_come_as_often_as_in_the_data_and_few_images_are_not_of_the_first_one_alone(sorted_by_class):
+    samples = sorted_by_class.source.open()
+    assert [samples.read(i).label for i in range(20)] == [0] * 2 + [1] * 3 + [2] * 15
+    task = Coloured()
+    assert follows_classes(task)
+    images = TaskImages(
+        task, name="any", weights="", count=40, seed=0, sampler=None, device=torch.device("cpu"),
+        examples=DataClasses(samples, sorted_by_class, seed=0, name="the val data"),
+    )  # fmt: skip
+    labels = [int(image[0, 0, 0]) for image in images.read(range(40)).pixels]
+    assert labels[:20] == labels[20:] == [samples.read(int(i)).label for i in drawn_order(samples)]
+    assert 2 in labels[:5]
+    assert images.facts["classes"] == "the val data"
+    assert images.brings == frozenset()
 
 
 def test_a_task_that_follows_something_needs_it():

@@ -250,7 +250,7 @@ def test_a_run_refuses_before_its_first_step_what_would_share_a_key_or_be_compar
     follows = SimpleNamespace(wants=("image_embed",), options=SimpleNamespace(encoder=None), made={})
     with pytest.raises(ConfigError, match="embeddings of 4 numbers, and fake gives 6"):
         check_needs(run_with(["cosine"]), part, follows)
-    follows_nothing = SimpleNamespace(wants=())
+    follows_nothing = SimpleNamespace(wants=(), conditions=lambda indices: {})
     with pytest.raises(ConfigError, match=r"evaluate.metrics: kid,degree=3 and kid,degree=2 would both be") as error:
         check_needs(run_with(["kid", {"name": "kid", "degree": 2}]), part, follows_nothing)
     assert "\n" not in str(error.value)

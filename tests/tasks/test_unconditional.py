@@ -136,6 +136,9 @@ def test_guidance_of_two_goes_twice_as_far_from_the_null_class():
 def test_previews_go_through_the_classes_in_turn():
     task = make_task(CLASSES, class_conditional=True)
     assert task.conditions(range(5))["label"].tolist() == [0, 1, 2, 0, 1]
+    told = Batch(range(2), torch.ones(2), {"label": torch.tensor([2, 2])})
+    assert task.conditions(range(2), told)["label"].tolist() == [2, 2]
+    assert "label" not in make_task().conditions(range(2), told)
 
 
 def test_other_networks_can_take_the_place_of_its_own():

@@ -321,7 +321,8 @@ def test_fewer_images_than_asked_for_are_made_where_there_is_no_more_to_make_the
     """Of a task that follows something; one that follows nothing makes as many as are asked for."""
     run = load(with_evaluation(make_config, "run", evaluate={"num_samples": 500})).run
     part = plan.Part("val", build("sources", OTHERS).open())
-    found = [plan.check_needs(run, part, SimpleNamespace(wants=wants)) for wants in ((), ("image_embed",))]
+    tasks = [SimpleNamespace(wants=wants, conditions=lambda indices: {}) for wants in ((), ("image_embed",))]
+    found = [plan.check_needs(run, part, task) for task in tasks]
     told = "evaluate.num_samples is 500, and the val data has 18 samples to make images from: 18 are made."
     assert [told in notes for notes in found] == [False, True]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eclosion.config.schema import DataConfig
+from eclosion.data.batch import Batch
 from eclosion.data.source import Samples, array_shapes
 from eclosion.diffusion.lowres import resize
 from eclosion.diffusion.samplers import OnStep
@@ -23,7 +24,15 @@ from eclosion.sampling.pictures import to_uint8
 from eclosion.sampling.trained import TrainedTask
 from eclosion.tasks.task import Task
 
-__all__ = ["DataExamples", "TaskImages", "digest_of_weights", "images_of_run", "weights_of"]
+__all__ = [
+    "DataClasses",
+    "DataExamples",
+    "TaskImages",
+    "digest_of_weights",
+    "follows_classes",
+    "images_of_run",
+    "weights_of",
+]
 
 
 class _Rows(NamedTuple):
@@ -49,7 +58,7 @@ class DataExamples:
         """Nothing is read yet.
 
         Args:
-            samples: open, and open for as long as this is in use; taken in their order.
+            samples: open, and open for as long as this is in use.
             config: of the run's data.
             task: whose encoder makes what is missing.
             seed: of the run.
@@ -69,13 +78,13 @@ class DataExamples:
         return len(self._data)
 
     def rows(self, indices: Sequence[int]) -> _Rows:
-        """The examples of some images: that of image i is i, from the first again when all had their turn.
+        """The examples of some images.
 
         Raises:
             DataError: naming a sample that cannot be read.
             ConfigError: if nothing gives what the task follows.
         """
-        batch, _ = self._data.read([i % len(self) for i in indices])
+        batch, _ = self._data.read(self._data.drawn(indices))
         batch = replace(batch, positions=list(indices))
         examples = prepared(self._task, batch, self._device)
         missing = [name for name in self._task.wants if name not in examples.conditions]
@@ -85,6 +94,43 @@ class DataExamples:
                 "(task.encoder). Evaluate on data that has it."
             )
         return _Rows(examples, batch.fields.get("caption"))
+
+
+class DataClasses:
+    """The classes of images, where a network knows classes and follows nothing else: they come as often as in the data.
+
+    Attributes:
+        fingerprint: of the samples.
+        brings: nothing that metrics look at.
+        encoder, embedding_dim: none.
+    """
+
+    brings: frozenset[Need] = frozenset()
+    encoder: Any = None
+    embedding_dim: int | None = None
+
+    def __init__(self, samples: Samples, config: DataConfig, *, seed: int, name: str = "data") -> None:
+        """Nothing is read yet; the arguments are those of `DataExamples`."""
+        self._data, self.name = InOrder(samples, config, seed=seed), name
+        self.fingerprint = digest_of("classes", self._data.fingerprint)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def rows(self, indices: Sequence[int]) -> _Rows:
+        """The classes of some images.
+
+        Raises:
+            DataError: naming a sample that cannot be read.
+        """
+        batch, _ = self._data.read(self._data.drawn(indices))
+        given = Batch(list(indices), torch.ones(len(indices)), {"label": batch["label"]})
+        return _Rows(Examples(given), None)
+
+
+def follows_classes(task: Task) -> bool:
+    """Whether a task is told a class for each image, and takes them in turn where nothing else is said."""
+    return not task.wants and "label" in task.conditions([0])
 
 
 class TaskImages:
@@ -112,7 +158,7 @@ class TaskImages:
         guidance_scale: float | Sequence[float] = 1.0,
         precision: Any = "no",
         device: torch.device,
-        examples: DataExamples | None = None,
+        examples: DataExamples | DataClasses | None = None,
         facts: Mapping[str, Any] | None = None,
         on_step: OnStep | None = None,
         span: tuple[int, int] | None = None,
@@ -129,7 +175,7 @@ class TaskImages:
             guidance_scale: the same.
             precision: of the networks.
             device: where they are.
-            examples: what images are made from, if the task wants any.
+            examples: what images are made from, if the task wants any; or their classes, which without it come in turn.
             facts: what else results say of them, such as the step.
             on_step: called before each call of a network; may raise.
             span: the places of the networks to begin and to end with; None is all. If it is not the first one that they
@@ -144,7 +190,7 @@ class TaskImages:
         if (task.wants or first) and examples is None:
             raise ConfigError(f"{name}: its networks follow {' and '.join(task.wants)}. Give data that has it.")
         self._task, self._name, self._count, self._seed = task, name, count, seed
-        self.examples = examples if task.wants or first else None
+        self.examples = examples
         self._how = {"sampler": sampler, "guidance_scale": guidance_scale, "precision": precision, "on_step": on_step}
         self._how |= {"first": first, "last": last}
         self.size, self._begins = sizes[last], sizes[first - 1] if first else None
@@ -160,6 +206,7 @@ class TaskImages:
             "guidance_scale": dump(guidance_scale),
             "precision": precision,
             **({} if (first, last) == (0, len(sizes) - 1) else {"networks": list(task.sizes)[first : last + 1]}),
+            **({"classes": examples.name} if isinstance(examples, DataClasses) else {}),
             **(facts or {}),
         }
         told = {key: self._facts[key] for key in ("seed", "sampler", "guidance_scale", "precision", "size")}
@@ -240,7 +287,7 @@ def images_of_run(
     seed: int,
     sampler: Any,
     guidance_scale: float | Sequence[float],
-    examples: DataExamples | None = None,
+    examples: DataExamples | DataClasses | None = None,
     on_step: OnStep | None = None,
 ) -> TaskImages:
     """The images that a trained task makes; the arguments are those of `TaskImages`."""

@@ -14,11 +14,11 @@ from eclosion.config.schema import DataConfig, EvaluateConfig, RunConfig
 from eclosion.data.folder import FolderSource
 from eclosion.data.source import Split, part_of_data
 from eclosion.diffusion.samplers import OnStep
-from eclosion.errors import ConfigError, DataError, did_you_mean
+from eclosion.errors import ConfigError, DataError, UserError, did_you_mean
 from eclosion.evaluation.images import Images
-from eclosion.evaluation.made import DataExamples, TaskImages, images_of_run
+from eclosion.evaluation.made import DataClasses, DataExamples, TaskImages, follows_classes, images_of_run
 from eclosion.evaluation.pipelines import FollowedData, images_of_pipeline, is_pipeline
-from eclosion.evaluation.plan import guidance_of
+from eclosion.evaluation.plan import classes_of, guidance_of
 from eclosion.evaluation.real import DataImages, FolderImages, PairedImages
 from eclosion.registry import dump, names, resolve
 from eclosion.rundir import RunDir
@@ -124,7 +124,7 @@ class Opener:
     def _made(self, trained: TrainedTask) -> TaskImages:
         run, task, asked = trained.run, trained.task, self._asked
         count = asked.num_images or run.evaluate.num_samples
-        examples = None
+        examples: DataExamples | DataClasses | None = self._classes(trained) if follows_classes(task) else None
         if task.wants:
             source, split = self.part(run, told=True)
             samples = self._stack.enter_context(opened(source))
@@ -144,6 +144,17 @@ class Opener:
             on_step=asked.on_step,
         )
 
+    def _classes(self, trained: TrainedTask) -> DataClasses | None:
+        """The classes of a run's data; None, with a note, if that is not there."""
+        run = trained.run
+        try:
+            source, split = self.part(run)
+            samples = self._stack.enter_context(opened(source))
+        except UserError as error:
+            self.notes.append(f"classes come in equal shares, as the run's data is not there: {error}")
+            return None
+        return classes_of(samples, run, f"the {split} data of {trained.folder.root}")
+
     def _is_own(self, images: TaskImages, trained: TrainedTask) -> bool:
         """Whether a run that scores itself would make these images, and compare them with this part of its data."""
         run, asked = trained.run, self._asked
@@ -158,7 +169,8 @@ class Opener:
             "guidance_scale": wanted["guidance_scale"] if asked.guidance_scale is None else asked.guidance_scale,
             "seed": own.seed if asked.seed is None else asked.seed,
         }
-        count = own.num_samples if images.examples is None else min(own.num_samples, len(images.examples))
+        followed = images.examples if trained.task.wants else None
+        count = own.num_samples if followed is None else min(own.num_samples, len(followed))
         plain = Opener(self._stack, Asked())
         return dump(made) == dump(wanted) and len(images) == count and self.part(run)[1] == plain.part(run)[1]
 

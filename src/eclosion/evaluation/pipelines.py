@@ -219,7 +219,7 @@ class PipelineImages:
         captions = None
         asked: dict[str, Any] = {"batch_size": len(indices)}
         if self._captions is not None:
-            batch, _ = self._captions.read([i % len(self._captions) for i in indices])
+            batch, _ = self._captions.read(self._captions.drawn(indices))
             captions = list(batch["caption"])
             asked = {"prompt": captions}
         noise = [torch.Generator().manual_seed(integer_seed(self._seed, "sample", i)) for i in indices]

@@ -11,14 +11,23 @@ from eclosion.config.schema import RunConfig
 from eclosion.data.source import Samples, Split, part_of_data
 from eclosion.errors import ConfigError, did_you_mean
 from eclosion.evaluation.looking import extractor_of, problem_with_dim, problems_with_keys
-from eclosion.evaluation.made import DataExamples
+from eclosion.evaluation.made import DataClasses, DataExamples, follows_classes
 from eclosion.metrics.lpips import PerceptualDistance
 from eclosion.models.lpips import lpips_network
 from eclosion.registry import dump
 from eclosion.sampling.examples import check_alike, opened, validation_source
 from eclosion.tasks.task import DataFacts, Task
 
-__all__ = ["Part", "check_evaluation", "check_needs", "count_of", "examples_of", "guidance_of", "open_parts"]
+__all__ = [
+    "Part",
+    "check_evaluation",
+    "check_needs",
+    "classes_of",
+    "count_of",
+    "examples_of",
+    "guidance_of",
+    "open_parts",
+]
 
 VALIDATION = "validation"  # what `checkpoint.best` says of the loss
 # What ends the name of a number that is no score itself, but the spread of one.
@@ -152,11 +161,19 @@ def count_of(run: RunConfig, part: Part, task: Task, *, first: int = 0) -> int:
     return min(wanted, len(part.samples)) if task.wants or first else wanted
 
 
-def examples_of(run: RunConfig, part: Part, task: Task, device: torch.device, *, first: int = 0) -> DataExamples | None:
-    """What images are made from, where a task follows conditions, or does not begin with its first network."""
-    if not task.wants and not first:
-        return None
-    return DataExamples(part.samples, run.data, task, seed=run.seed, device=device, name=f"the {part.split} data")
+def examples_of(
+    run: RunConfig, part: Part, task: Task, device: torch.device, *, first: int = 0
+) -> DataExamples | DataClasses | None:
+    """What images are made from, where a task follows conditions or classes, or begins with a later network."""
+    name = f"the {part.split} data"
+    if task.wants or first:
+        return DataExamples(part.samples, run.data, task, seed=run.seed, device=device, name=name)
+    return classes_of(part.samples, run, name) if follows_classes(task) else None
+
+
+def classes_of(samples: Samples, run: RunConfig, name: str) -> DataClasses | None:
+    """The classes of some of a run's data; None if they have none."""
+    return DataClasses(samples, run.data, seed=run.seed, name=name) if samples.class_names else None
 
 
 def check_needs(run: RunConfig, part: Part, task: Task, first: int = 0) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from eclosion.config.schema import DataConfig
@@ -294,6 +295,7 @@ class InOrder:
         self._samples, self._config = samples, config
         self._loader = Loader(samples, in_order(config), seed=seed, batch_size=1)
         self._bad: dict[int, Skip] = {}
+        self._order: NDArray[np.int64] | None = None
         self.allowed = int(config.max_bad_fraction * len(samples) + 1e-6)  # 0.29 of 100 is 28.999999999999996
         options = {name: dump(getattr(config, name)) for name in DECIDING}
         # transforms of `preprocessing` may be random, and then follow from the seed
@@ -321,6 +323,16 @@ class InOrder:
             for skip in batch.skipped:
                 self._enter(skip)
             now = [self._next(place) for place in now]
+
+    def drawn(self, numbers: Sequence[int]) -> list[int]:
+        """The places of the samples that images of these numbers are made from.
+
+        Sources are often sorted, and a few images must stand for all: so it is a drawn order, the same each time; when
+        all had their turn, from the first again.
+        """
+        if self._order is None:
+            self._order = generator(0, "examples", self._samples.fingerprint).permutation(len(self))
+        return [int(self._order[number % len(self)]) for number in numbers]
 
     def _enter(self, skip: Skip) -> None:
         self._bad[skip.position] = skip

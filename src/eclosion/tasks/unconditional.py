@@ -150,8 +150,10 @@ class UnconditionalTask:
         return self.options.loss.per_image(output.float(), target, drawn.t, self.schedule, kind)
 
     def conditions(self, indices: Sequence[int], examples: Batch | None = None) -> Batch:
-        """Classes in turn, or nothing; examples are not looked at."""
-        fields = {"label": torch.tensor([i % self.num_classes for i in indices])} if self.num_classes else {}
+        """Classes: those of the examples, or else in turn; or nothing."""
+        turns = torch.tensor([i % self.num_classes for i in indices]) if self.num_classes else None
+        label = turns if examples is None or turns is None else examples["label"]
+        fields = {} if label is None else {"label": label}
         return Batch(positions=list(indices), weight=torch.ones(len(indices)), fields=fields)
 
     def samplers(self, default: Any) -> list[Any]:
