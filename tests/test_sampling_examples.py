@@ -198,7 +198,7 @@ def test_a_cascade_may_end_early_and_be_entered_later_with_pictures_as_they_are(
         ),
         ({"embeddings": np.ones((2, DIM)), "from_data": "val"}, "embeddings and from_data: images are made from one"),
         ({"text_encodings": np.ones((2, 3, 4))}, "this task follows image_embed, and text_encodings is given"),
-        ({"embeddings": np.ones((2, DIM)), "first": 1}, "unet_1 begins with images. Give images or from_data"),
+        ({"embeddings": np.ones((2, DIM)), "first": 1}, "unet_1 begins with images. Give images as well"),
         ({"from_data": "test"}, "from_data is 'test', and the data of this run has no such part"),
         (
             {"num_inference_steps": [1, 2, 3]},
@@ -217,6 +217,119 @@ def test_wishes_that_do_not_go_together_are_refused(options, message, run, tmp_p
     with pytest.raises((ConfigError, DataError), match=message):
         sample(run, out=tmp_path / "x", **options)
     assert not (tmp_path / "x").exists()
+
+
+# --- what later networks follow --------------------------------------------------------------------------------------
+
+TOKENS = (3, 4)
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """A run whose upsampler follows the embedding, and text that the first network does not."""
+    folder, draw = tmp_path_factory.mktemp("told"), np.random.default_rng(0).standard_normal
+    np.save(folder / "rows.npy", draw((8, DIM)).astype("f4"))
+    np.save(folder / "text.npy", draw((8, *TOKENS)).astype("f4"))
+    butterflies = build("sources", {"name": "butterflies", "size": 8, "resolution": 16})
+    given = {"image_embeddings": folder / "rows.npy", "text_embeddings": folder / "text.npy"}
+    shard(butterflies, folder / "tars", samples_per_shard=4, **given)
+    tars = folder / "tars"
+    source = {"name": "webdataset", "webdataset_base_url": str(tars / "{}.tar"), "shard_width": 5}
+    source |= {"img_embeddings_url": str(tars / "img_emb"), "text_embeddings_url": str(tars / "text_emb")}
+    config = cascade(folder / "run", source)
+    later = {**UNET, "image_conditioned": True, "text_conditioned": True, "num_text_tokens": 3}
+    config["task"]["unets"][1] = {**UNIT, "model": later}
+    config |= {"validate": {}, "sample": config["sample"] | {"num_images": 0, "guidance_scale": 1}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ECLOSION_CACHE", str(folder / "cache"))
+        return train(config)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A folder of three small pictures."""
+    (tmp_path / "small").mkdir()
+    for i, one in enumerate(np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)):
+        Image.fromarray(one).save(tmp_path / "small" / f"{i}.png")
+    return tmp_path / "small"
+
+
+def conditions(count=3):
+    draw = np.random.default_rng(2).standard_normal
+    return {"embeddings": draw((count, DIM)).astype("f4"), "text_encodings": draw((count, *TOKENS)).astype("f4")}
+
+
+def test_pictures_that_are_enlarged_follow_arrays_row_by_row(told, small, tmp_path):
+    given = conditions()
+    made = pixels(sample(told, images=small, first=1, **given, out=tmp_path / "made"), 3)
+    trained = load_trained(told, device="cpu")
+    images = torch.stack([torch.from_numpy(np.array(Image.open(small / f"{i}.png"))) for i in range(3)])
+    fields = {"image_embed": given["embeddings"], "text_encodings": given["text_encodings"]}
+    batch = Batch(range(3), torch.ones(3), {name: torch.from_numpy(value) for name, value in fields.items()})
+    begin = images.permute(0, 3, 1, 2) / 127.5 - 1
+    wanted = make_images(
+        trained.task,
+        range(3),
+        seed=0,
+        sampler=trained.run.sample.sampler,
+        examples=Examples(batch, image=begin),
+        first=1,
+    )
+    assert close(made, wanted)
+    for name in given:
+        other = {option: rows.copy() for option, rows in given.items()}
+        other[name][1] *= -1000  # a hardly trained network hardly listens
+        changed = pixels(sample(told, images=small, first=1, **other, out=tmp_path / name), 3)
+        assert [close(a, b) for a, b in zip(made, changed, strict=True)] == [True, False, True]
+    one = pixels(sample(told, images=small, first=1, num_images=1, **given, out=tmp_path / "one"), 1)
+    assert close(one, made[:1])
+
+
+def test_a_picture_that_cannot_be_read_is_left_out_with_its_row(told, small, tmp_path):
+    given = conditions()
+    made = pixels(sample(told, images=small, first=1, **given, out=tmp_path / "made"), 3)
+    (small / "1.png").write_bytes(b"no picture")
+    rest = sample(told, images=small, first=1, **given, out=tmp_path / "rest")
+    assert not (rest / "000002.png").exists()
+    assert close(pixels(rest, 1)[0], made[0])
+    # the second has the noise of the second, on the picture and the row of the third
+    swapped = {name: np.concatenate([rows[:1], rows[2:], rows[1:2]]) for name, rows in given.items()}
+    (small / "2.png").rename(small / "1.png")
+    (small / "2.png").write_bytes((small / "0.png").read_bytes())
+    again = sample(told, images=small, first=1, **swapped, out=tmp_path / "again")
+    assert close(pixels(rest, 2), pixels(again, 2))
+
+
+def test_only_what_the_networks_that_run_follow_is_asked_for(told, tmp_path):
+    given = conditions()
+    early = sample(told, embeddings=given["embeddings"], last="unet_0", out=tmp_path / "early")
+    both = sample(told, **given, last="unet_0", out=tmp_path / "both")
+    assert np.array_equal(pixels(early, 3), pixels(both, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "no encoder .task.encoder is none.*`eclosion embed`.*and give them as embeddings"),
+        (("text_encodings",), "no encoder .task.encoder is none.*`eclosion embed`.*and give them as embeddings"),
+        (("embeddings",), "follow text_encodings, which are not there. Give text_encodings and embeddings"),
+    ],
+    ids=["nothing", "text alone", "embeddings alone"],
+)
+def test_what_an_upsampler_follows_and_nothing_gives_is_asked_for(options, message, told, small):
+    with pytest.raises(ConfigError, match=message):
+        sample(told, images=small, first=1, **{name: conditions()[name] for name in options})
+
+
+def test_arrays_that_do_not_go_with_the_pictures_are_refused(told, small):
+    with pytest.raises(ConfigError, match=r"3 images and 2 embeddings are given\. Give one row for each image"):
+        sample(told, images=small, first=1, **conditions(2))
+    with pytest.raises(ConfigError, match="embeddings and images: images are made from one of them"):
+        sample(told, images=small, **conditions())
+    with pytest.raises(ConfigError, match="embeddings and from_data: images are made from one of them"):
+        sample(told, from_data="train", first=1, **conditions())
+    with pytest.raises(ConfigError, match="embeddings: this task follows image_embed and text_encodings, and image_em"):
+        sample(told, embeddings=conditions()["embeddings"])
 
 
 @pytest.mark.parametrize("content", [b"", b"no array", b"\x93NUMPY\x01\x00\x10\x00{'descr': '|O'}"])
@@ -324,6 +437,8 @@ def test_an_encoder_of_a_run_on_given_embeddings_is_there_for_pictures(fake_enco
     made = sample(run, images=tmp_path / "pictures", out=tmp_path / "made")
     assert fake_encoder == [1]
     assert pixels(made, 1).shape == (1, 16, 16, 3)
+    sample(run, images=tmp_path / "pictures", first=1, out=tmp_path / "large")
+    assert fake_encoder == [1]  # unet_1 follows nothing
 
 
 def test_an_encoder_sees_each_image_once_in_a_step_and_makes_what_pictures_are_sampled_from(fake_encoder, tmp_path):

@@ -16,7 +16,7 @@ from eclosion.registry import dump
 from eclosion.rng import generator, randn
 from eclosion.sampling import TrainedTask, load_trained
 
-__all__ = ["clean_exports", "export", "export_trained"]
+__all__ = ["clean_exports", "export", "export_trained", "refuse_untrained"]
 
 ASIDE = ".export-"
 # The file that makes a folder a pipeline.
@@ -37,7 +37,7 @@ def export(run: str | Path, out: str | Path, *, pipeline: str | None = None, che
         The folder, which `from_pretrained` of `DDPMPipeline`, `DDIMPipeline` or `eclosion.UnclipDecoderPipeline` loads.
 
     Raises:
-        ConfigError: if `out` holds something, or the task has no such pipeline.
+        ConfigError: if `out` holds something, the task has no such pipeline, or a network was never trained.
         CheckpointError: if the run has no checkpoint.
         UserError: if diffusers has no pipeline for this task.
         EnvironmentProblem: if what was written does not load as the same network.
@@ -54,6 +54,7 @@ def export_trained(trained: TrainedTask, target: Path, *, pipeline: str | None) 
     It is written aside, loaded again and compared; then its files move into `target`, the one that makes it a
     pipeline last, so that a kill leaves no half of one.
     """
+    refuse_untrained(trained.untrained)
     how = trained.run.sample
     wanted = trained.task.pipeline(pipeline, sampler=how.sampler, guidance_scale=how.guidance_scale)
     target.mkdir(parents=True, exist_ok=True)
@@ -71,6 +72,22 @@ def export_trained(trained: TrainedTask, target: Path, *, pipeline: str | None) 
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return target
+
+
+def refuse_untrained(
+    names: Sequence[str], *, cure: str = "Train it, or freeze it in a run that starts from its weights (start)."
+) -> None:
+    """Refuse a pipeline with networks that nothing was trained or loaded into.
+
+    Args:
+        names: those networks.
+        cure: what to do.
+
+    Raises:
+        ConfigError: if there are any.
+    """
+    if names:
+        raise ConfigError(f"{', '.join(names)}: frozen, and never trained, so that a pipeline would make noise. {cure}")
 
 
 def clean_exports(folder: Path) -> None:

@@ -3,8 +3,10 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from eclosion import UnclipDecoderPipeline
@@ -589,8 +591,9 @@ def test_guidance_hides_only_what_training_hid():
 @pytest.mark.parametrize(
     ("options", "scale", "said"),
     [
-        ({}, [1.0, 2.0], "unet_1 follows nothing"),
-        ({"unconditional": True}, 2.0, "unet_0 follows nothing"),
+        ({}, [1.0, 2.0], "unet_1 follows nothing. The numbers are for unet_0, unet_1, in this order: use 2,1."),
+        ({}, [3.0, 2.0], "guidance_scale is 2, and unet_1 follows nothing. .*: use 3,1."),
+        ({"unconditional": True}, 2.0, "unet_0 follows nothing. .*: use 1,1."),
         ({"image_dropout": 0.0}, 2.0, "task.image_dropout is 0"),
         ({}, [2.0, 1.0, 1.0], "3 numbers"),
     ],
@@ -722,3 +725,126 @@ def test_a_pipeline_says_what_it_misses(tmp_path):
         pipeline(batch["image_embed"][:, :2], text_encodings=batch["text_encodings"])
     with pytest.raises(ConfigError, match="'ddpm' is no pipeline for a cascade"):
         make_task().pipeline("ddpm")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_pipeline_in_half_precision_makes_nearly_the_same_images(dtype, tmp_path):
+    task, batch = make_task(*ALL), make_batch(2)
+    pipeline = reloaded(task, tmp_path, sampler=DDPM)
+    given = {"image_embeds": batch["image_embed"], "text_encodings": batch["text_encodings"]}
+    exact = pipeline(**given, seeds=0, output_type="pt").images
+    half, halved = pipeline.to(dtype), {name: value.to(dtype) for name, value in given.items()}
+    for what in (given, halved):
+        made = half(**what, seeds=0, guidance_scale=2.0, output_type="pt").images
+        assert made.dtype == torch.float32
+        made = half(**what, seeds=0, output_type="pt").images
+        assert 0 < (made - exact).abs().mean() < 0.1
+
+
+def test_the_samplers_see_float32_whatever_the_network_computes_in():
+    """An estimate from a network in bfloat16 is no coarser than its output: x_t does not round."""
+    task, batch = make_task(unet(image_size=8)), make_batch(1)
+    seen = []
+    task.nets["unet_0"].bfloat16().register_forward_pre_hook(lambda net, args: seen.append(args[0].dtype))
+    made = sampled(task, batch)
+    assert set(seen) == {torch.bfloat16}
+    assert not torch.equal(made, made.bfloat16().float())
+
+
+def test_a_pipeline_offers_no_offloading_that_it_cannot_keep(tmp_path):
+    with pytest.raises(ValueError, match="cannot be enabled"):
+        reloaded(make_task(*ALL), tmp_path).enable_model_cpu_offload()
+
+
+def test_a_pipeline_takes_arrays_and_any_images_that_it_gives(tmp_path):
+    task, batch = make_task(*ALL), make_batch(2)
+    pipeline = reloaded(task, tmp_path, sampler=DDPM)
+    tensors = {"image_embeds": batch["image_embed"], "text_encodings": batch["text_encodings"]}
+    wanted = pipeline(**tensors, seeds=0, output_type="pt").images
+    arrays = {name: value.double().numpy() for name, value in tensors.items()}
+    assert torch.equal(pipeline(**arrays, seeds=0, output_type="pt").images, wanted)
+    assert torch.equal(pipeline(**arrays, seeds=np.int64(0), output_type="pt").images, wanted)
+    seeds = pipeline(**arrays, seeds=np.arange(2), output_type="pt").images
+    assert torch.equal(pipeline(**arrays, seeds=[0, 1], output_type="pt").images, seeds)
+    enlarged = {}
+    for form in ("pt", "np", "pil"):
+        small = pipeline(**tensors, seeds=0, last="unet_0", output_type=form).images
+        enlarged[form] = pipeline(image=small, first="unet_1", seeds=0, output_type="pt").images
+    assert torch.equal(enlarged["pt"], wanted)
+    torch.testing.assert_close(enlarged["np"], wanted, rtol=0, atol=1e-4)
+    assert (enlarged["pil"] - wanted).abs().mean() < 0.02  # 256 levels
+    one = pipeline(image=small[0], first=1, seeds=0, output_type="pt").images
+    torch.testing.assert_close(one, enlarged["pil"][:1], rtol=0, atol=1e-5)
+
+
+EMBED, TEXT = torch.ones(2, 5), torch.ones(2, 2, 6)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_inference_steps": 0}, "sampler: num_inference_steps: Input should be greater than or equal to 1"),
+        ({"num_inference_steps": 21}, "has only 20 levels"),
+        ({"num_inference_steps": [1, 2, 3]}, "num_inference_steps has 3 numbers, and the networks of this task are"),
+        ({"sampler": "ddmp"}, "sampler: 'ddmp' is not one of the samplers. Did you mean 'ddpm'"),
+        ({"image_embeds": EMBED[0]}, r"image_embeds: is an array \[5\] of float32, and image_embeds is rows x dim"),
+        ({"image_embeds": EMBED * math.nan}, "image_embeds row 0: holds NaN or infinity"),
+        ({"image_embeds": EMBED * torch.tensor([[1], [0]])}, "image_embeds row 1: is all zero"),
+        ({"image_embeds": [[1.0] * 5]}, "image_embeds is of type list, and must be a tensor or an array"),
+        ({"text_encodings": TEXT.log10() / 0}, "text_encodings row 0: holds NaN"),
+        ({"image": torch.zeros(2, 3, 8, 8)}, "image is given, and unet_0 begins with noise"),
+        ({"image": "a.png", "first": 1}, "image is of type str, and must be images of PIL, an array float"),
+        ({"image": torch.zeros(2, 8, 8), "first": 1}, r"image is \[2, 8, 8\] of float32, and must be"),
+        ({"image": torch.full((2, 3, 8, 8), math.inf), "first": 1}, "image: holds NaN or infinity"),
+        ({"image": [Image.new("RGB", (8, n)) for n in (8, 9)], "first": 1}, "image: its images are of several sizes"),
+        ({"first": "unet_2"}, "first: 'unet_2' is no network of this task"),
+        ({"seeds": 1.5}, "seeds is 1.5, and must be a whole number"),
+        ({"output_type": "jpg"}, "output_type is 'jpg'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_pipeline_cannot_use_is_one_line_before_any_image_is_made(options, said, tmp_path):
+    pipeline = reloaded(make_task(*ALL), tmp_path)
+    given = {"image_embeds": EMBED, "text_encodings": TEXT, **options}
+    with pytest.raises((ConfigError, DataError), match=said) as error:
+        pipeline(**given, callback=lambda *_: pytest.fail("an image is being made"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_pipeline_keeps_the_part_of_an_image_that_is_masked(tmp_path):
+    """As the task inpaints, in whatever form the images come."""
+    task, batch = make_task(), make_batch(2)
+    pipeline = reloaded(task, tmp_path, sampler=DDPM)
+    known = make_batch(2, seed=7)["image"]
+    mask = torch.zeros(2, 16, 16, dtype=torch.bool)
+    mask[:, :, :9] = True
+    given = {"image_embeds": batch["image_embed"], "seeds": 0, "output_type": "pt"}
+    made = pipeline(**given, inpaint_image=known, inpaint_mask=mask, inpaint_resample_times=2).images
+    conditions, rngs = task.conditions(range(2), batch), [generator(0, "sample", i) for i in range(2)]
+    assert torch.equal(made, task.inpaint(conditions, rngs, known=known, mask=mask, sampler=DDPM, num_resamples=2))
+    array = known.permute(0, 2, 3, 1).numpy() / 2 + 0.5
+    again = pipeline(**given, inpaint_image=array, inpaint_mask=mask.numpy(), inpaint_resample_times=2).images
+    torch.testing.assert_close(again, made, rtol=0, atol=1e-4)
+    default = pipeline(**given, inpaint_image=known, inpaint_mask=mask).images
+    assert not torch.equal(default, made)  # each step five times
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"inpaint_mask": None}, "inpaint_image is given without inpaint_mask"),
+        ({"inpaint_image": None}, "inpaint_mask is given without inpaint_image"),
+        ({"inpaint_mask": torch.ones(2, 8, 8)}, r"inpaint_mask is \[2, 8, 8\] of float32, and must be \[2, 9, 8\]"),
+        ({"inpaint_mask": Image.new("L", (8, 9))}, "inpaint_mask is of type Image, and must be"),
+        ({"inpaint_image": torch.zeros(3, 3, 9, 8)}, r"must be \[3, 9, 8\] of bool"),
+        ({"inpaint_resample_times": 0}, "inpaint_resample_times is 0, and must be at least 1"),
+        ({"sampler": "dpm_solver"}, "the sampler of unet_0, DPMSolver, cannot. Use ddpm or ddim"),
+        ({"num_images": 3}, "2 of image_embed, 2 of inpaint_image, 3 of num_images"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_pipeline_cannot_inpaint_is_said(options, said, tmp_path):
+    pipeline = reloaded(make_task(), tmp_path, sampler=DDPM)
+    given = {"inpaint_image": torch.zeros(2, 3, 9, 8), "inpaint_mask": torch.ones(2, 9, 8, dtype=torch.bool), **options}
+    with pytest.raises(ConfigError, match=said):
+        pipeline(EMBED, **given)

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from eclosion import ConfigError, UnclipDecoderPipeline, export, shard, train
+import eclosion
+from eclosion import ConfigError, UnclipDecoderPipeline, export, sample, shard, train
 from eclosion.data.loader import Loader
 from eclosion.diffusion.lowres import resize
 from eclosion.exporting import _networks
@@ -229,6 +230,38 @@ def test_a_preview_is_made_without_networks_that_nothing_was_trained_or_loaded_i
     assert "never trained" not in (loaded / "events.jsonl").read_text()
 
 
+def made(folder):
+    return [path.read_bytes() for path in sorted(folder.glob("0*.png"))]
+
+
+def test_what_was_never_trained_makes_neither_images_nor_a_pipeline(shards, tmp_path):
+    def short(*frozen, **options):
+        train_on = {"freeze": frozen, "duration": "1 steps"}
+        folder = tmp_path / "-".join([*frozen, *options])
+        return train(cascade(folder, shards, train=train_on, sample={"num_images": 0}, **options))
+
+    upper, lower = short("unet_0"), short("unet_1")
+    note = "unet_0: frozen, and never trained; images are made with unet_1 alone"
+    with pytest.warns(UserWarning, match=note):
+        found = sample(upper, from_data="train", num_images=2, out=tmp_path / "found")
+    asked = sample(upper, from_data="train", num_images=2, first="unet_1", out=tmp_path / "asked")
+    assert made(found) == made(asked)
+    with pytest.warns(UserWarning, match="unet_1: frozen, and never trained; images are made with unet_0 alone"):
+        assert sample(lower, num_images=1, out=tmp_path / "small").is_dir()
+    with Image.open(tmp_path / "small" / "000000.png") as small:
+        assert small.size == (16, 16)
+    for run, options in ((upper, {"first": 0}), (upper, {"last": 0}), (lower, {"first": 1}), (lower, {"last": 1})):
+        name = "unet_0" if run == upper else "unet_1"
+        with pytest.raises(ConfigError, match=f"{name}: frozen, and never trained, so that it makes noise. Leave fir"):
+            sample(run, from_data="train", num_images=1, **options)
+    with pytest.raises(ConfigError, match=r"unet_0: frozen, and never trained, so that a pipeline .* Train it, or"):
+        export(upper, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match=r"unet_1: frozen, and never trained, so that a pipeline .* Set export=no"):
+        short("unet_1", export="unclip")
+    assert not list((tmp_path / "unet_1-export").glob("checkpoints/*"))  # nothing was trained
+
+
 def test_all_networks_of_an_export_are_compared(shards, tmp_path, monkeypatch):
     """The negative control: the second network on disk is not the one that was written."""
     from eclosion.errors import EnvironmentProblem
@@ -320,3 +353,6 @@ def test_networks_that_were_never_trained_make_no_images_that_are_scored(frozen,
         assert row["made"]["size"] == [side, side]
         assert row["made"]["networks"] == networks
         assert row["against"] is None or row["against"]["size"] == [side, side]
+    again = eclosion.evaluate(run, device="cpu")
+    assert [row.value for row in again.results] == [row["value"] for row in rows]
+    assert f"{frozen}: frozen, and never trained; {networks[0]} is scored alone" in again.notes

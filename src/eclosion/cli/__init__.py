@@ -249,8 +249,8 @@ def sample(
         ),
     ] = None,
     first: Annotated[
-        str, typer.Option(metavar="NETWORK", help="Begin with this network of a cascade, on small --images.")
-    ] = "0",
+        str | None, typer.Option(metavar="NETWORK", help="Begin with this network of a cascade, on small --images.")
+    ] = None,
     last: Annotated[str | None, typer.Option(metavar="NETWORK", help="End with this network of a cascade.")] = None,
     checkpoint: Annotated[
         str,

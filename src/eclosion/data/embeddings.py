@@ -26,7 +26,7 @@ from eclosion.data.remote import Place, listing, local_path, shown, stat
 from eclosion.data.shard_index import SUFFIX as INDEX_SUFFIX
 from eclosion.errors import BadSample, ConfigError, DataError
 
-__all__ = ["EmbeddingFolder", "Files", "Kind", "array_problem", "by_number", "checked_row"]
+__all__ = ["EmbeddingFolder", "Files", "Kind", "array_problem", "by_number", "checked_row", "checked_rows"]
 
 Kind = Literal["image", "text"]
 
@@ -216,6 +216,28 @@ def checked_row(row: NDArray[Any], name: str) -> NDArray[np.float32]:
     if not np.isfinite(values).all():
         raise BadSample(name, "not_finite", "holds NaN or infinity, or numbers too large for float32.")
     return values
+
+
+def checked_rows(
+    array: NDArray[Any], *, ndim: int, what: str, name: str, limit: int | None = None
+) -> NDArray[np.float32]:
+    """Embeddings or encodings in one array, as float32: a copy.
+
+    Args:
+        array: one row for each image.
+        ndim: how many dimensions it must have, rows included: 2 for embeddings, 3 for encodings.
+        what: the option that it was given as, for errors.
+        name: what to call it in an error.
+        limit: rows that are wanted; None takes all.
+
+    Raises:
+        DataError: if it has another shape, or holds no numbers.
+        BadSample: if a row is all zero, or not finite.
+    """
+    if array.ndim != ndim or array.size == 0 or array.dtype.kind not in "fiu":
+        layout = {2: "rows x dim", 3: "rows x tokens x dim"}[ndim]
+        raise DataError(f"{name}: is an array {list(array.shape)} of {array.dtype.name}, and {what} is {layout}.")
+    return np.stack([checked_row(row, f"{name} row {i}") for i, row in enumerate(array[:limit])])
 
 
 def by_number(names: Iterable[str], folder: str) -> dict[int, str]:

@@ -290,7 +290,10 @@ def images_of_run(
     examples: DataExamples | DataClasses | None = None,
     on_step: OnStep | None = None,
 ) -> TaskImages:
-    """The images that a trained task makes; the arguments are those of `TaskImages`."""
+    """The images that a trained task makes, as its previews without networks that were never trained.
+
+    The arguments are those of `TaskImages`.
+    """
     return TaskImages(
         trained.task,
         name=f"{trained.folder.root} at step {trained.step}",
@@ -304,6 +307,7 @@ def images_of_run(
         examples=examples,
         facts={"what": "run", "step": trained.step, "samples_seen": trained.samples_seen},
         on_step=on_step,
+        span=trained.span,
     )
 
 

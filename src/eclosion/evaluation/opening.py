@@ -22,9 +22,9 @@ from eclosion.evaluation.plan import classes_of, guidance_of
 from eclosion.evaluation.real import DataImages, FolderImages, PairedImages
 from eclosion.registry import dump, names, resolve
 from eclosion.rundir import RunDir
-from eclosion.sampling import samplers_for
 from eclosion.sampling.examples import opened, validation_source
 from eclosion.sampling.trained import TrainedTask, load_trained
+from eclosion.tasks.task import samplers_for, within
 
 __all__ = ["Asked", "Opened", "Opener"]
 
@@ -125,7 +125,10 @@ class Opener:
         run, task, asked = trained.run, trained.task, self._asked
         count = asked.num_images or run.evaluate.num_samples
         examples: DataExamples | DataClasses | None = self._classes(trained) if follows_classes(task) else None
-        if task.wants:
+        if trained.untrained:
+            shown = within(task.nets, trained.span)
+            self.notes.append(f"{', '.join(trained.untrained)}: frozen, and never trained; {shown} is scored alone")
+        if task.wants or trained.span[0]:
             source, split = self.part(run, told=True)
             samples = self._stack.enter_context(opened(source))
             name = f"the {split} data of {trained.folder.root}"
@@ -169,7 +172,7 @@ class Opener:
             "guidance_scale": wanted["guidance_scale"] if asked.guidance_scale is None else asked.guidance_scale,
             "seed": own.seed if asked.seed is None else asked.seed,
         }
-        followed = images.examples if trained.task.wants else None
+        followed = images.examples if trained.task.wants or trained.span[0] else None
         count = own.num_samples if followed is None else min(own.num_samples, len(followed))
         plain = Opener(self._stack, Asked())
         return dump(made) == dump(wanted) and len(images) == count and self.part(run)[1] == plain.part(run)[1]

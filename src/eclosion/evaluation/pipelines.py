@@ -23,7 +23,7 @@ from eclosion.metrics.metric import Need
 from eclosion.models.libraries import without_bars
 from eclosion.registry import build
 from eclosion.rng import integer_seed
-from eclosion.sampling import samplers_for
+from eclosion.tasks.task import samplers_for
 
 __all__ = ["FollowedData", "PipelineImages", "images_of_pipeline", "is_pipeline"]
 

@@ -1,14 +1,15 @@
 """From a task, or from a run folder, to images on disk."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import ValidationError
 from torch import Tensor
 
 from eclosion.data.batch import Batch
@@ -16,7 +17,6 @@ from eclosion.data.folder import FolderSource
 from eclosion.data.source import Samples, Split, part_of_data
 from eclosion.diffusion.samplers import OnStep
 from eclosion.errors import ConfigError, DataError
-from eclosion.registry import build, dump
 from eclosion.sampling.examples import (
     Examples,
     from_arrays,
@@ -29,7 +29,7 @@ from eclosion.sampling.examples import (
 from eclosion.sampling.making import make_images
 from eclosion.sampling.pictures import grid, pairs, save_png, to_uint8
 from eclosion.sampling.trained import TrainedTask, load_trained
-from eclosion.tasks.task import Task, place_of
+from eclosion.tasks.task import Task, place_of, samplers_for, span_of, within
 
 __all__ = [
     "Examples",
@@ -39,7 +39,6 @@ __all__ = [
     "make_images",
     "pairs",
     "sample",
-    "samplers_for",
     "save_png",
     "sheet_of",
     "to_uint8",
@@ -63,7 +62,7 @@ def sample(
     text_encodings: str | Path | NDArray[Any] | None = None,
     images: str | Path | None = None,
     from_data: Split | None = None,
-    first: str | int = 0,
+    first: str | int | None = None,
     last: str | int | None = None,
     checkpoint: str | int = "latest",
     out: str | Path | None = None,
@@ -92,7 +91,9 @@ def sample(
             does so of those of the data, from a .txt file beside each.
         from_data: the first samples of a part of the run's data: "train", "val" or "test".
         first, last: the networks of a cascade to begin and to end with, by name or number. One that is not the first
-            begins with small versions of `images` or of `from_data`.
+            begins with small versions of `images` or of `from_data`; what it follows may then be given beside images,
+            row by row in the order of their names. None makes images without networks that were frozen and never
+            trained, as previews are made.
         checkpoint: of a run folder: "latest", "best" as `checkpoint.best` of the run says, or a step.
         out: where they go, without images in it; none makes a new folder inside the run's.
         batch_size: images made at once.
@@ -114,12 +115,12 @@ def sample(
         raise ConfigError(f"num_images is {num_images} and batch_size is {batch_size}; both must be at least 1.")
     trained = load_trained(folder, checkpoint=checkpoint, device=device, encodes=images is not None)
     task, run = trained.task, trained.run
-    span = _span(task, first, last)
+    span = _span(trained, first, last)
     samplers = samplers_for(task, run.sample.sampler, sampler, num_inference_steps)
     guidance = run.sample.guidance_scale if guidance_scale is None else guidance_scale
     task.check_sampling(samplers, guidance)
     given = _Given(embeddings, text_encodings, images, from_data, num_images)
-    examples = _examples(trained, given, span[0])
+    examples = _examples(trained, given, span)
     counted = num_images or (len(examples) if examples and given.is_counted else NUM_IMAGES)
     made = make_images(
         task,
@@ -176,47 +177,25 @@ def sheet_of(images: NDArray[np.uint8], examples: Examples | None) -> Image.Imag
 # --- what to sample with -----------------------------------------------------------------------------------------
 
 
-def _span(task: Task, first: str | int, last: str | int | None) -> tuple[int, int]:
-    """The places of the first and the last network."""
-    begin = place_of(first, task.nets, what="first")
-    end = len(task.nets) - 1 if last is None else place_of(last, task.nets, what="last")
-    if begin > end:
-        names = list(task.nets)
-        raise ConfigError(f"first is {names[begin]} and last is {names[end]}, which comes before it. Turn them round.")
-    return begin, end
-
-
-def samplers_for(task: Task, default: Any, name: str | None, steps: int | Sequence[int] | None) -> list[Any]:
-    """The sampler of each network: its own, unless the name of another or a number of steps is given.
-
-    Args:
-        task: whose networks.
-        default: the sampler of networks that have none of their own.
-        name: of another sampler, for all networks.
-        steps: for all networks, or one number for each.
-
-    Raises:
-        ConfigError: if there is no such sampler, or there are not as many numbers as networks.
-    """
-    own = task.samplers(default)
-    counts = list(steps) if isinstance(steps, Sequence) else [steps] * len(own)
-    if len(counts) != len(own):
+def _span(trained: TrainedTask, first: str | int | None, last: str | int | None) -> tuple[int, int]:
+    """The places of the first and the last network, none of which makes noise."""
+    names, untrained = list(trained.task.nets), trained.untrained
+    begins = None if first is None else place_of(first, names, what="first")
+    ends = None if last is None else place_of(last, names, what="last")
+    begin, reached = span_of(names, untrained, begins)
+    end = reached if ends is None else ends
+    used = {*names[begin : end + 1], *(names[place] for place in (begins, ends) if place is not None)}
+    if noisy := [name for name in names if name in used and name in untrained]:
         raise ConfigError(
-            f"num_inference_steps has {len(counts)} numbers, and the networks of this task are "
-            f"{', '.join(task.nets)}. Give one number for each, or one for all."
+            f"{noisy[0]}: frozen, and never trained, so that it makes noise. Leave first and last out, which makes "
+            f"images with {within(names, trained.span)} alone."
         )
-    return [_sampler(part, name, count) for part, count in zip(own, counts, strict=True)]
-
-
-def _sampler(own: Any, name: str | None, steps: int | None) -> Any:
-    options = dump(own) if name is None else {"name": name}
-    if steps is not None:
-        options["num_inference_steps"] = steps
-    try:
-        return build("samplers", options)
-    except (ValidationError, ValueError) as error:
-        detail = "; ".join(e["msg"] for e in error.errors()) if isinstance(error, ValidationError) else str(error)
-        raise ConfigError(f"sampler: {detail}") from error
+    if begin > end:
+        raise ConfigError(f"first is {names[begin]} and last is {names[end]}, which comes before it. Turn them round.")
+    if (begins is None and begin > 0) or (ends is None and end < len(names) - 1):
+        told = f"images are made with {within(names, (begin, end))} alone"
+        warnings.warn(f"{', '.join(untrained)}: frozen, and never trained; {told}", stacklevel=3)
+    return begin, end
 
 
 # --- what to make images from ------------------------------------------------------------------------------------
@@ -250,67 +229,87 @@ class _Given:
         return bool(self.arrays) or self.images is not None
 
 
-def _examples(trained: TrainedTask, given: _Given, first: int) -> Examples | None:
-    """What images are made from; None if the task follows nothing and begins with its first network.
+def _examples(trained: TrainedTask, given: _Given, span: tuple[int, int]) -> Examples | None:
+    """What images are made from; None if the networks follow nothing and begin with the first.
 
     Raises:
-        ConfigError: if more than one thing is named, or one that this task does nothing with.
+        ConfigError: if more than one thing is named, or one that these networks do nothing with.
         DataError: if it cannot be read.
     """
-    task = trained.task
-    if not task.wants and not first:
+    task, first = trained.task, span[0]
+    needed = task.wanted(*span)
+    if not needed and not first:
         if given.words:
-            raise ConfigError(f"{given.words[0]}: the networks of this run follow nothing. Leave it out.")
+            whose = f"asked for ({within(task.nets, span)})" if task.wants else "of this run"
+            raise ConfigError(f"{given.words[0]}: the networks {whose} follow nothing. Leave it out.")
         return None
-    if len(given.words) > 1:
+    beside = first and given.images is not None and given.from_data is None  # images to begin with, and what they show
+    if len(given.words) > 1 and not beside:
         raise ConfigError(f"{' and '.join(given.words)}: images are made from one of them. Leave the others out.")
-    if given.arrays:
-        return _of_arrays(task, given, first)
+    rows = _rows_given(task, given, needed, first) if given.arrays else {}
+    if rows and not first:
+        return Examples(from_arrays(**rows))
     try:
         with opened(_source(trained, given)) as samples:
             full, small = _read(trained, samples, given, first)
+            _check_rows(len(samples), rows)
     except DataError as error:
         if given.images is None:
             raise
         raise DataError(str(error).replace("data.source.root", "images")) from error
-    examples = prepared(task, full, trained.device)
-    missing = [name for name in task.wants if name not in examples.conditions]
-    if missing and not first:
-        raise ConfigError(_missing(missing[0], given, makes=missing[0] in task.made))
+    places = list(full.positions)  # an image that cannot be read is left out with its row
+    full = replace(full, fields={**full.fields, **{name: torch.from_numpy(row[places]) for name, row in rows.items()}})
+    examples = prepared(task, full, trained.device, needed=needed)
+    missing = [name for name in needed if name not in examples.conditions]
+    if missing:
+        raise ConfigError(_missing(missing[0], given, needed, makes=missing[0] in task.made))
     return examples if small is None else replace(examples, originals=to_uint8(small), image=small)
 
 
-def _of_arrays(task: Task, given: _Given, first: int) -> Examples:
-    names = list(task.nets)
-    if first:
+# What a user calls the fields of a batch that are given as arrays, and how many dimensions they have.
+ARRAYS = {"image_embed": ("embeddings", 2), "text_encodings": ("text_encodings", 3)}
+
+
+def _rows_given(task: Task, given: _Given, needed: Sequence[str], first: int) -> dict[str, NDArray[np.float32]]:
+    """The arrays, read and checked, by the names of a batch's fields."""
+    if first and given.images is None:
         raise ConfigError(
-            f"embeddings: {names[first]} begins with images. Give images or from_data, or first={names[0]}."
+            f"{given.words[0]}: {list(task.nets)[first]} begins with images. Give images as well, one for each row; or "
+            "from_data alone."
         )
     unknown = [name for name in given.arrays if name not in task.wants]
-    missing = [name for name in task.wants if name not in given.arrays]
+    missing = [] if first else [name for name in needed if name not in given.arrays]
     if unknown or missing:
-        wanted = " and ".join(task.wants)
+        wanted = " and ".join(needed or task.wants) or "nothing"
         raise ConfigError(
             f"embeddings: this task follows {wanted}, and {' and '.join(given.arrays)} is given. Give all that it "
             "follows, as embeddings and text_encodings, and nothing else."
         )
-    ndims = {"image_embed": 2, "text_encodings": 3}
-    options = {"image_embed": "embeddings", "text_encodings": "text_encodings"}
+    limit = None if first else given.count
     arrays = {
-        name: read_array(array, ndim=ndims[name], what=options[name], limit=given.count)
+        name: read_array(array, ndim=ARRAYS[name][1], what=ARRAYS[name][0], limit=limit)
         for name, array in given.arrays.items()
     }
-    counts = {options[name]: len(array) for name, array in arrays.items()}
+    counts = {ARRAYS[name][0]: len(array) for name, array in arrays.items()}
     if len(set(counts.values())) > 1:
         told = " and ".join(f"{count} {name}" for name, count in counts.items())
         raise ConfigError(f"{told} are given. Each image needs one of both.")
-    examples = Examples(from_arrays(**arrays))
     try:
-        task.conditions([0], examples.rows([0]).conditions)
+        task.conditions([0], from_arrays(**{name: array[:1] for name, array in arrays.items()}))
     except ConfigError as error:
         files = ", ".join(str(array) for array in given.arrays.values() if isinstance(array, str | Path))
         raise ConfigError([f"{files or 'embeddings'}: {problem}" for problem in error.problems]) from error
-    return examples
+    return arrays
+
+
+def _check_rows(num_images: int, rows: Mapping[str, NDArray[np.float32]]) -> None:
+    """Refuse rows that do not go with the images, one for each."""
+    for name, array in rows.items():
+        if len(array) != num_images:
+            raise ConfigError(
+                f"{num_images} images and {len(array)} {ARRAYS[name][0]} are given. Give one row for each image, in "
+                "the order of their names."
+            )
 
 
 def _source(trained: TrainedTask, given: _Given) -> Any:
@@ -318,7 +317,8 @@ def _source(trained: TrainedTask, given: _Given) -> Any:
     run = trained.run
     if given.images is not None:
         root = Path(given.images)
-        reads = "text_encodings" in trained.task.made and any(root.rglob(f"*{CAPTION_SUFFIX}"))
+        makes = "text_encodings" in trained.task.made and "text_encodings" not in given.arrays
+        reads = makes and any(root.rglob(f"*{CAPTION_SUFFIX}"))
         return FolderSource(root=root, caption_suffix=CAPTION_SUFFIX if reads else None)
     if given.from_data is None:
         return validation_source(run) or run.data.source
@@ -343,14 +343,14 @@ def _read(trained: TrainedTask, samples: Samples, given: _Given, first: int) -> 
     return full, small["image"]
 
 
-def _missing(field: str, given: _Given, *, makes: bool) -> str:
-    """What to say where nothing gives what a task follows."""
+def _missing(field: str, given: _Given, needed: Sequence[str], *, makes: bool) -> str:
+    """What to say where nothing gives what the networks follow."""
     if field != "image_embed":
         where = f" in {given.images}" if given.images is not None else ""
         why = f"and there are no captions{where} to make them of (NAME.txt beside each image)"
         return (
-            f"the networks of this run follow {field}, {why if makes else 'which are not there'}. Give text_encodings "
-            "and embeddings."
+            f"the networks of this run follow {field}, {why if makes else 'which are not there'}. Give "
+            f"{' and '.join(ARRAYS[name][0] for name in reversed(needed))}."
         )
     where = f"in {given.images}" if given.images is not None else "of the data"
     return (

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eclosion.config.schema import DataConfig, RunConfig
 from eclosion.data.batch import Batch
-from eclosion.data.embeddings import checked_row
+from eclosion.data.embeddings import checked_rows
 from eclosion.data.loader import Loader
 from eclosion.data.npy import open_npy
 from eclosion.data.source import Samples, ShardedSamples, array_shapes, part_of_data
@@ -210,28 +210,36 @@ def read_array(
     """
     name = str(given) if isinstance(given, str | Path) else what
     array = open_npy(Path(given), name) if isinstance(given, str | Path) else np.asarray(given)
-    if array.ndim != ndim or array.size == 0 or array.dtype.kind not in "fiu":
-        layout = {2: "rows x dim", 3: "rows x tokens x dim"}[ndim]
-        raise DataError(f"{name}: is an array {list(array.shape)} of {array.dtype.name}, and {what} is {layout}.")
-    return np.stack([checked_row(row, f"{name} row {i}") for i, row in enumerate(array[:limit])])
+    return checked_rows(array, ndim=ndim, what=what, name=name, limit=limit)
 
 
-def prepared(task: Task, batch: Batch, device: torch.device, *, agree: Callable[[], None] = lambda: None) -> Examples:
-    """Examples of what a batch holds: an encoder adds what the task wants.
+def prepared(
+    task: Task,
+    batch: Batch,
+    device: torch.device,
+    *,
+    needed: Sequence[str] | None = None,
+    agree: Callable[[], None] = lambda: None,
+) -> Examples:
+    """Examples of what a batch holds: an encoder adds what is needed, and is not asked for anything else.
 
     Args:
         task: what images are made with.
         batch: on the CPU.
         device: where the task is.
+        needed: the fields that are; None is all that the task wants.
         agree: called before each few images; may raise.
     """
+    needed = task.wants if needed is None else needed
     parts = []
     for start in range(0, len(batch), CHUNK):
         agree()
         part = _rows(batch, range(start, min(start + CHUNK, len(batch)))).to(device)
-        with torch.no_grad():
-            part = task.prepare(part).to(torch.device("cpu"))
-        parts.append(replace(part, fields={name: part[name] for name in task.wants if name in part}))
+        if not all(name in part for name in needed):
+            with torch.no_grad():
+                part = task.prepare(part)
+        fields = {name: part[name] for name in needed if name in part}
+        parts.append(replace(part, fields=fields).to(torch.device("cpu")))
     image: Tensor | None = batch.fields.get("image")
     return Examples(_joined(parts), None if image is None else to_uint8(image), image)
 

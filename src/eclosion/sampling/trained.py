@@ -1,7 +1,7 @@
 """A trained task, read from a checkpoint."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from eclosion.config.schema import RunConfig
 from eclosion.device import pick_device, pick_precision
 from eclosion.errors import CheckpointError, ConfigError, did_you_mean
 from eclosion.rundir import RunDir, step_of
-from eclosion.tasks.task import DataFacts, Task
+from eclosion.tasks.task import DataFacts, Task, span_of
 
 __all__ = ["TrainedTask", "load_trained"]
 
@@ -29,6 +29,7 @@ class TrainedTask:
         run: the config it was trained with.
         folder: the run folder that holds its checkpoint.
         step, samples_seen: optimizer updates and images behind it.
+        untrained: networks that were frozen, and that nothing was ever loaded into: they make noise.
         meta: what the checkpoint says of itself: config, versions, data.
         device, precision: where and how it samples.
     """
@@ -38,9 +39,15 @@ class TrainedTask:
     folder: RunDir
     step: int
     samples_seen: int
+    untrained: Sequence[str]
     meta: Mapping[str, Any]
     device: torch.device
     precision: Any
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The places of the first and the last network to make images with, as previews are made."""
+        return span_of(self.task.nets, self.untrained)
 
 
 def load_trained(
@@ -77,7 +84,8 @@ def load_trained(
         _load(net, loaded.files.get(f"{name}.ema", loaded.files[name]), f"{found}: {name}")
         nets[name] = net.to(where).eval().requires_grad_(False)
     precision = pick_precision(run.train.mixed_precision, where)
-    return TrainedTask(task.with_nets(nets), run, root, state["step"], state["samples_seen"], meta, where, precision)
+    seen, untrained = state["samples_seen"], state.get("untrained", [])
+    return TrainedTask(task.with_nets(nets), run, root, state["step"], seen, untrained, meta, where, precision)
 
 
 def _run_of(checkpoint: Path) -> Path:

@@ -1,18 +1,31 @@
 """What the loop and the sampling code ask of a task."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from eclosion.config.schema import RunConfig
 from eclosion.data.batch import Batch
 from eclosion.diffusion.samplers import OnStep
 from eclosion.errors import ConfigError, did_you_mean
+from eclosion.registry import build, dump
 from eclosion.rng import Generator
 
-__all__ = ["DataFacts", "Drawn", "Task", "TaskPart", "check_wishes", "one_each", "place_of"]
+__all__ = [
+    "DataFacts",
+    "Drawn",
+    "Task",
+    "TaskPart",
+    "check_wishes",
+    "one_each",
+    "place_of",
+    "samplers_for",
+    "span_of",
+    "within",
+]
 
 # a frozen dataclass of tensors, made and read by one task alone
 Drawn = Any
@@ -61,6 +74,11 @@ class Task(Protocol):
 
     @property
     def made(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def wanted(self, first: int, last: int | None) -> tuple[str, ...]:
+        """Those of `wants` that the networks from one place in `nets` to another follow, both included; none is the
+        last."""
+        ...
 
     def prepare(self, batch: Batch) -> Batch:
         """The batch with what an encoder adds to it; what is there already is left. No gradient.
@@ -232,3 +250,58 @@ def place_of(network: str | int, names: Iterable[str], *, what: str) -> int:
     if network in known:
         return known.index(network)
     raise ConfigError(f"{what}: {network!r} is no network of this task.{did_you_mean(str(network), known)}")
+
+
+def span_of(names: Iterable[str], untrained: Container[str], first: int | None = None) -> tuple[int, int]:
+    """The places of the first and the last network to make images with: neighbours, none of them untrained.
+
+    Args:
+        names: of a task's networks, in order.
+        untrained: those that would make noise.
+        first: the place to begin with; None is that of the first that is trained.
+    """
+    fine = [name not in untrained for name in names]
+    begin = fine.index(True) if first is None else first
+    return begin, fine.index(False, begin) - 1 if False in fine[begin:] else len(fine) - 1
+
+
+def within(names: Iterable[str], span: tuple[int, int]) -> str:
+    """The networks of a span, in words: "unet_1", or "unet_1 to unet_2"."""
+    first, *more = list(names)[span[0] : span[1] + 1]
+    return f"{first} to {more[-1]}" if more else first
+
+
+def samplers_for(task: Task, default: Any, sampler: Any, steps: int | Sequence[int | None] | None) -> list[Any]:
+    """The sampler of each network: its own, unless another or a number of steps is given.
+
+    Args:
+        task: whose networks.
+        default: the sampler of networks that have none of their own.
+        sampler: another one for all networks: its name, or its name and options; None is none.
+        steps: for all networks, or one number for each; None takes what the sampler says.
+
+    Raises:
+        ConfigError: if there is no such sampler, or there are not as many numbers as networks.
+    """
+    own = task.samplers(default)
+    counts = list(steps) if isinstance(steps, Sequence) else [steps] * len(own)
+    if len(counts) != len(own):
+        raise ConfigError(
+            f"num_inference_steps has {len(counts)} numbers, and the networks of this task are "
+            f"{', '.join(task.nets)}. Give one number for each, or one for all."
+        )
+    return [_sampler(part if sampler is None else sampler, count) for part, count in zip(own, counts, strict=True)]
+
+
+def _sampler(wanted: Any, steps: int | None) -> Any:
+    try:
+        part = build("samplers", wanted)
+        return part if steps is None else build("samplers", dump(part) | {"num_inference_steps": steps})
+    except ValueError as error:  # that of pydantic is one
+        raise ConfigError(f"sampler: {_detail(error)}") from error
+
+
+def _detail(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "; ".join(": ".join([*map(str, one["loc"]), one["msg"]]) for one in error.errors())

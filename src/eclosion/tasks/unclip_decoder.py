@@ -213,7 +213,12 @@ class UnclipDecoderTask:
     @property
     def wants(self) -> tuple[str, ...]:
         """What the networks follow, by the names of a batch's fields."""
-        return tuple(field for kind, field in KINDS.items() if any(kind in tier.follows for tier in self.tiers))
+        return self.wanted(0, None)
+
+    def wanted(self, first: int, last: int | None) -> tuple[str, ...]:
+        """What the networks from one place to another follow, both included; none is the last."""
+        tiers = self.tiers[first : None if last is None else last + 1]
+        return tuple(field for kind, field in KINDS.items() if any(kind in tier.follows for tier in tiers))
 
     @property
     def made(self) -> dict[str, tuple[int, ...]]:
@@ -415,11 +420,22 @@ class UnclipDecoderTask:
         for tier, wanted in zip(self.tiers, scales, strict=True):
             meant = 1.0 if for_all and not tier.follows else wanted
             if meant != 1 and not tier.hidden:
-                problems.append(f"guidance_scale is {meant:g}, and {tier.name} {_why_no_guidance(tier)}")
+                problems.append(f"guidance_scale is {meant:g}, and {tier.name} {self._why_no_guidance(tier, scales)}")
             found.append(meant)
         if problems:
             raise ConfigError(problems)
         return found
+
+    def _why_no_guidance(self, tier: Tier, scales: Sequence[float]) -> str:
+        if tier.follows:
+            options = " and ".join(f"task.{kind}_dropout" for kind in tier.follows)
+            return (
+                f"never learns to do without what it follows, as {options} is 0. Set that to 0.1, or guidance_scale "
+                "to 1."
+            )
+        own = [scale if scale != 1 else max(scales) for scale in scales]  # as meant, of numbers in another order
+        fine = ",".join(f"{one:g}" if other.hidden else "1" for one, other in zip(own, self.tiers, strict=True))
+        return f"follows nothing. The numbers are for {', '.join(self.sizes)}, in this order: use {fine}."
 
     def with_nets(self, nets: Mapping[str, nn.Module]) -> "UnclipDecoderTask":
         """The same task on other networks."""
@@ -453,13 +469,6 @@ class UnclipDecoderTask:
             "guidance_scale": guidance_scale,
         }
         return UnclipDecoderPipeline(**parts)
-
-
-def _why_no_guidance(tier: Tier) -> str:
-    if not tier.follows:
-        return "follows nothing. Set it to 1 for this network."
-    options = " and ".join(f"task.{kind}_dropout" for kind in tier.follows)
-    return f"never learns to do without what it follows, as {options} is 0. Set that to 0.1, or guidance_scale to 1."
 
 
 def _streams(rngs: Sequence[Generator], names: Sequence[str]) -> dict[str, list[Generator]]:

@@ -1,21 +1,32 @@
 """A trained cascade as a diffusers pipeline: one folder with the networks and all that their images depend on."""
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from huggingface_hub import snapshot_download
+from numpy.typing import NDArray
 from torch import Tensor
 
 from eclosion.data.batch import Batch
 from eclosion.errors import ConfigError
 from eclosion.models import unclip_unet  # noqa: F401 - diffusers loads networks of imported modules alone
 from eclosion.registry import build
-from eclosion.rng import Generator, generator
+from eclosion.tasks.task import place_of, samplers_for
+from eclosion.tasks.unclip_given import (
+    ROWS,
+    Pictures,
+    as_output,
+    check_output,
+    count_of,
+    images_given,
+    known_given,
+    rngs_given,
+    rows_given,
+)
 
 __all__ = ["UnclipDecoderPipeline"]
 
@@ -37,7 +48,6 @@ class UnclipDecoderPipeline(DiffusionPipeline):  # type: ignore[misc]
         guidance_scale: how strongly images follow, where a call says nothing else.
     """
 
-    model_cpu_offload_seq = "unet_0->unet_1->unet_2->unet_3->unet_4->unet_5->unet_6->unet_7"
     _optional_components = [f"unet_{i}" for i in range(1, 8)]  # noqa: RUF012  # diffusers wants a list
 
     def __init__(
@@ -85,27 +95,33 @@ class UnclipDecoderPipeline(DiffusionPipeline):  # type: ignore[misc]
     @torch.no_grad()
     def __call__(
         self,
-        image_embeds: Tensor | None = None,
+        image_embeds: Tensor | NDArray[Any] | None = None,
         *,
-        text_encodings: Tensor | None = None,
+        text_encodings: Tensor | NDArray[Any] | None = None,
         num_images: int | None = None,
         seeds: int | Sequence[int] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         num_inference_steps: int | Sequence[int | None] | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         sampler: Any = None,
-        first: int = 0,
-        last: int | None = None,
-        image: Tensor | None = None,
+        first: str | int = 0,
+        last: str | int | None = None,
+        image: Pictures | None = None,
+        inpaint_image: Pictures | None = None,
+        inpaint_mask: Tensor | NDArray[Any] | None = None,
+        inpaint_resample_times: int = 5,
         output_type: str = "pil",
         return_dict: bool = True,
         callback: Callable[[int, int], None] | None = None,
     ) -> Any:
         """Make one image for each embedding.
 
+        Images are taken as `output_type` gives them: as one of PIL or a list of such, as an array float [B, H, W, 3]
+        in [0, 1], or as a tensor [B, 3, H, W] in [-1, 1].
+
         Args:
-            image_embeds: float [B, D], as in training.
-            text_encodings: float [B, L, D], one vector per token; for a decoder that follows text.
+            image_embeds: [B, D], as in training; a tensor or an array.
+            text_encodings: [B, L, D], one vector per token, the same; for a decoder that follows text.
             num_images: how many, for a decoder that follows nothing; otherwise as many as there are embeddings.
             seeds: one for each image; or a single number, with which image i is that of `eclosion sample --seed`.
             generator: of torch, one for all or one for each image, instead of seeds; without either, images are
@@ -113,89 +129,51 @@ class UnclipDecoderPipeline(DiffusionPipeline):  # type: ignore[misc]
             num_inference_steps: noise levels visited by every network, or a list with one number for each.
             guidance_scale: for every network that follows something, or a list with one number for each.
             sampler: a sampler's name, or its name and options, for every network instead of its own.
-            first, last: places of the networks to begin and to end with, both included; none is the last.
-            image: where `first` is not 0, the images to begin with, [B, 3, h, w] in [-1, 1].
+            first, last: the networks to begin and to end with, by name or number, both included; none is the last.
+            image: where `first` is not 0, the B images to begin with, of any size.
+            inpaint_image: B images of which a part is kept, and the rest made anew. Of any size and in the shape of
+                what the networks make; needs samplers that can take steps back: ddpm, ddim or euler.
+            inpaint_mask: bool [B, H, W] in the size of inpaint_image, true where it is kept.
+            inpaint_resample_times: how often each step is taken, so that the new part fits the kept one.
             output_type: "pil", "np" (float [B, H, W, 3] in [0, 1]) or "pt" (float [B, 3, H, W] in [-1, 1]).
             return_dict: whether an object with `images` comes back, or a tuple.
             callback: called with (step, steps) of the network at work, before each call of it.
 
         Raises:
-            ConfigError: if something is missing, or does not fit the decoder.
+            ConfigError: if something is missing, is of another kind, or does not fit the decoder.
+            DataError: if embeddings, encodings or images have another shape or are not finite, or an embedding is all
+                zero.
         """
         task = self.task
-        given = {"image_embed": image_embeds, "text_encodings": text_encodings}
-        examples = {name: value.to(self.device).float() for name, value in given.items() if value is not None}
-        count = _count(examples, image, num_images)
-        if missing := [name for name in task.wants if name not in examples and _needed(task, name, first, last)]:
-            names = {"image_embed": "image_embeds", "text_encodings": "text_encodings"}
-            raise ConfigError(f"this decoder follows {' and '.join(names[name] for name in missing)}; none is given.")
+        begins, ends = _span(task, first, last)
+        samplers = samplers_for(task, build("samplers", self.config.sampler), sampler, num_inference_steps)
+        guidance = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        task.check_sampling(samplers, guidance)
+        check_output(output_type)
+        examples = rows_given(image_embed=image_embeds, text_encodings=text_encodings)
+        small = images_given(image, "image")
+        if small is not None and not begins:
+            raise ConfigError("image is given, and unet_0 begins with noise. Leave it out, or say first=1.")
+        known = known_given(inpaint_image, inpaint_mask, inpaint_resample_times)
+        count = count_of({**examples, "image": small, "inpaint_image": known.get("known")}, num_images)
+        if missing := [name for name in task.wanted(begins, ends) if name not in examples]:
+            raise ConfigError(f"this decoder follows {' and '.join(ROWS[name] for name in missing)}; none is given.")
         conditions = task.conditions(range(count), Batch(range(count), torch.ones(count), examples))
-        images = task.sample(
+        make = partial(task.inpaint, **known) if known else task.sample
+        images = make(
             conditions,
-            _rngs(count, seeds, generator),
-            sampler=self._samplers(task, sampler, num_inference_steps),
-            guidance_scale=self.config.guidance_scale if guidance_scale is None else guidance_scale,
+            rngs_given(count, seeds, generator),
+            sampler=samplers,
+            guidance_scale=guidance,
             on_step=callback,
-            first=first,
-            last=last,
-            image=image,
+            first=begins,
+            last=ends,
+            image=small,
         )
-        shown = _as(images, output_type)
+        shown = as_output(images, output_type)
         return ImagePipelineOutput(images=shown) if return_dict else (shown,)
 
-    def _samplers(self, task: Any, sampler: Any, steps: int | Sequence[int | None] | None) -> list[Any]:
-        """The sampler of each network, with as many steps as asked for."""
-        named = build("samplers", self.config.sampler if sampler is None else sampler)
-        chosen = task.samplers(named) if sampler is None else [named] * len(task.tiers)
-        counts = [steps] * len(chosen) if steps is None or isinstance(steps, int) else list(steps)
-        if len(counts) != len(chosen):
-            raise ConfigError(
-                f"num_inference_steps has {len(counts)} numbers, and there are {len(chosen)} networks. Give one for "
-                "each, or one for all."
-            )
-        return [
-            part if n is None else dataclasses.replace(part, num_inference_steps=n)
-            for part, n in zip(chosen, counts, strict=True)
-        ]
 
-
-def _needed(task: Any, name: str, first: int, last: int | None) -> bool:
-    """Whether one of the networks that run follows a condition."""
-    kind = {"image_embed": "image", "text_encodings": "text"}[name]
-    end = len(task.tiers) if last is None else last + 1
-    return any(kind in tier.follows for tier in task.tiers[first:end])
-
-
-def _count(examples: Mapping[str, Tensor], image: Tensor | None, num_images: int | None) -> int:
-    counts = {name: len(value) for name, value in (*examples.items(), ("image", image)) if value is not None}
-    if num_images is not None:
-        counts["num_images"] = num_images
-    if len(set(counts.values())) > 1:
-        said = ", ".join(f"{count} of {name}" for name, count in counts.items())
-        raise ConfigError(f"how many images are asked for is not clear: {said}. Give as many of each.")
-    return next(iter(counts.values()), 1)
-
-
-def _rngs(
-    count: int, seeds: int | Sequence[int] | None, theirs: torch.Generator | Sequence[torch.Generator] | None
-) -> list[Generator]:
-    """One generator per image."""
-    if isinstance(seeds, int):
-        return [generator(seeds, "sample", i) for i in range(count)]
-    if seeds is None:
-        each = [theirs] * count if theirs is None or isinstance(theirs, torch.Generator) else list(theirs)
-        seeds = [int(torch.randint(2**62, (1,), generator=one, device=one.device if one else "cpu")) for one in each]
-    if len(seeds) != count:
-        raise ConfigError(f"there are {len(seeds)} seeds or generators, and {count} images. Give one for each, or one.")
-    return [generator(seed, "sample", 0) for seed in seeds]
-
-
-def _as(images: Tensor, output_type: str) -> Any:
-    if output_type == "pt":
-        return images
-    pixels = images.add(1).div(2).permute(0, 2, 3, 1).cpu().float().numpy()
-    if output_type == "np":
-        return pixels
-    if output_type == "pil":
-        return DiffusionPipeline.numpy_to_pil(np.asarray(pixels))
-    raise ConfigError(f"output_type is {output_type!r}, and must be 'pil', 'np' or 'pt'.")
+def _span(task: Any, first: str | int, last: str | int | None) -> tuple[int, int | None]:
+    """The places of the networks to begin and to end with; none is the last."""
+    return place_of(first, task.nets, what="first"), None if last is None else place_of(last, task.nets, what="last")

@@ -360,10 +360,16 @@ def _as_told(shown: Tensor, level: Tensor | None) -> Told:
 
 
 def _bound(net: nn.Module, told: Mapping[str, Tensor]) -> Network:
-    """The network as a denoiser calls it."""
+    """The network as a denoiser calls it: what it sees is in its own precision, whatever that of the samplers."""
+    dtype = next(net.parameters()).dtype
+
+    def seen(x: Tensor) -> Tensor:
+        return x.to(dtype) if x.is_floating_point() else x
+
+    told = {name: seen(x) for name, x in told.items()}
 
     def call(x_t: Tensor, t: Tensor, previous: Tensor | None = None) -> Tensor:
-        earlier = {} if previous is None else {"self_cond": previous}
-        return net(x_t, t, **told, **earlier)  # type: ignore[no-any-return]
+        earlier = {} if previous is None else {"self_cond": seen(previous)}
+        return net(seen(x_t), t, **told, **earlier)  # type: ignore[no-any-return]
 
     return call

@@ -110,6 +110,10 @@ class UnconditionalTask:
         """Nothing: classes come in turn."""
         return ()
 
+    def wanted(self, first: int, last: int | None) -> tuple[str, ...]:
+        """Nothing."""
+        return ()
+
     @property
     def made(self) -> Mapping[str, tuple[int, ...]]:
         """Nothing."""

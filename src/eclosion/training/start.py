@@ -19,12 +19,12 @@ from eclosion.data.source import Samples, ShardedSamples, array_shapes
 from eclosion.device import environment, pick_device, pick_precision
 from eclosion.errors import ConfigError
 from eclosion.evaluation.plan import check_evaluation
-from eclosion.exporting import clean_exports
+from eclosion.exporting import clean_exports, refuse_untrained
 from eclosion.pushing import ask_hub
 from eclosion.registry import dump
 from eclosion.rng import integer_seed
 from eclosion.rundir import RunDir
-from eclosion.tasks.task import DataFacts, Task, check_wishes
+from eclosion.tasks.task import DataFacts, Task, check_wishes, within
 from eclosion.tracking.saving import Saver, Saving
 from eclosion.tracking.tracker import Tracker, write_json
 from eclosion.training.beginning import about_weights, begin, put_weights
@@ -101,6 +101,9 @@ def start(
             meta["start"] = meta["start"] or before.get("start", {})
         elif origin.weights:
             put_weights(state, origin.weights)
+        if run.export != "no" or run.hub:
+            cure = "Set export=no and leave hub out, or start from weights that hold it (start)."
+            refuse_untrained(state.untrained, cure=cure)  # now, and not when all is trained
         validation = stack.enter_context(open_validation(run, facts, world))
         evaluation, told = stack.enter_context(open_evaluation(run, samples, facts, task, world, first=state.span[0]))
         notes = [*_compare_scores(run, state, validation, origin, folder), *told, *_about_previews(run, state)]
@@ -319,8 +322,7 @@ def _compare_scores(
 def _about_previews(run: RunConfig, state: TrainState) -> list[str]:
     if not state.untrained or not run.sample.num_images:
         return []
-    names, (first, last) = list(state.stages), state.span
-    shown = names[first] if first == last else f"{names[first]} to {names[last]}"
+    shown = within(state.stages, state.span)
     return [f"{', '.join(state.untrained)}: frozen, and never trained; previews are made with {shown} alone"]
 
 

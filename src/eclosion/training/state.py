@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from eclosion.config.schema import RunConfig
 from eclosion.errors import CheckpointError
+from eclosion.tasks.task import span_of
 from eclosion.training.distributed import World, full_tensors, put
 from eclosion.training.ema import Ema
 from eclosion.training.optim import AdamW, LossScale, grad_norm, learning_rate
@@ -230,9 +231,7 @@ class TrainState:
     @property
     def span(self) -> tuple[int, int]:
         """The places of the first and the last network to make pictures with: neighbours, none of them untrained."""
-        fine = [name not in self.untrained for name in self.stages]
-        first = fine.index(True)
-        return first, fine.index(False, first) - 1 if False in fine[first:] else len(fine) - 1
+        return span_of(self.stages, self.untrained)
 
     @property
     def trained(self) -> list[Stage]:
