@@ -295,7 +295,7 @@ def test_a_device_that_is_not_there(command, config):
     outcome = command("train", config, "train.device=mps")
     assert (outcome.code, outcome.err) == (
         2,
-        "error: train.device is 'mps', and torch finds no such device here. Use device=auto or cpu.\n",
+        "error: train.device is 'mps', and torch finds no such device here. Use train.device=auto or cpu.\n",
     )
 
 

@@ -92,7 +92,7 @@ def test_every_overriden_key_in_a_command_exists():
     keys = {key for key in overridable if re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", key)}
     wrong_on_purpose = {"data.source.resoluton", "train.batchsize", "data.imagesize"}
     known = {path for path, _ in leaves(dump(load(minimal()).run))} | {"data.source", "sample.sampler", "task.model"}
-    known |= {"size"}  # of a source that is named without a config
+    known |= {"size", "shard_width"}  # of a source that is named without a config
     assert keys - wrong_on_purpose - known == set()
     assert wrong_on_purpose <= keys
 

@@ -200,6 +200,7 @@ def test_a_parameter_that_never_had_a_gradient_begins_anew(made):
 def test_counters_come_along(made):
     state = loaded(made.folder).state
     assert (made.step, made.samples_seen) == (state["step"], state["samples_seen"]) == (3, 27)
+    assert made.networks == {"unet_0": 3, "unet_1": 3}
     assert RunDir(made.folder).checkpoint(3).is_dir()
 
 

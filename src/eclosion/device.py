@@ -29,7 +29,9 @@ def pick_device(wanted: str, *, local_rank: int = 0) -> torch.device:
     if wanted == "auto":
         wanted = "cuda" if cuda else "mps" if mps else "cpu"
     if (wanted == "cuda" and not cuda) or (wanted == "mps" and not mps):
-        raise ConfigError(f"train.device is {wanted!r}, and torch finds no such device here. Use device=auto or cpu.")
+        raise ConfigError(
+            f"train.device is {wanted!r}, and torch finds no such device here. Use train.device=auto or cpu."
+        )
     return torch.device("cuda", local_rank) if wanted == "cuda" else torch.device(wanted)
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from eclosion.config import dalle2_schema
 from eclosion.config.dalle2 import DIALECT
 from eclosion.config.load import load, validate
+from eclosion.config.schema import steps_in
 from eclosion.errors import ConfigError
 from eclosion.registry import dump
 
@@ -388,7 +389,7 @@ def test_what_is_not_said_is_as_in_the_readme():
     assert (run.optimizer.decay, run.optimizer.lr_schedule, run.optimizer.networks) == ("matrices", "constant", {})
     assert run.ema.decays == [0.99]
     assert (run.sample.num_images, run.sample.guidance_scale) == (6, 1.0)
-    assert run.sample.every == run.checkpoint.every == "100000 samples"
+    assert run.sample.every == run.checkpoint.every == "100000 samples or 1 epochs"
     assert (run.validate.every, run.validate.num_samples) == ("1 epochs", None)
     splits = run.data.source.splits
     assert (splits.train, splits.val, splits.test) == (0.75, 0.15, 0.1)
@@ -531,6 +532,19 @@ def test_epochs_of_so_many_samples_are_a_length_in_samples():
     assert any(note.startswith("train.epochs x train.epoch_samples is the length") for note in notes(changes))
     resampled = tree({**changes, "data.resample_train": True, "data.shuffle_train": False})["data"]
     assert (resampled["resample"], resampled["shuffle"], resampled["epoch_samples"]) == (True, False, 500)
+
+
+@pytest.mark.parametrize(("saves", "epoch", "steps"), [(100_000, 48, 3), (32, 48, 2)])
+def test_a_run_saves_and_samples_at_least_once_an_epoch_whose_length_only_the_data_says(saves, epoch, steps):
+    run = validate(tree({"train.save_every_n_samples": saves}))
+    for every in (run.checkpoint.every, run.sample.every):
+        assert steps_in(every, batch_size=16, epoch_samples=epoch) == steps
+
+
+@pytest.mark.parametrize(("epoch", "told"), [(None, True), (2000, True), (500, False)])
+def test_that_samples_between_checkpoints_are_those_of_the_run_is_said_where_it_differs(epoch, told):
+    changes = {"train.save_every_n_samples": 1000, "train.epoch_samples": epoch}
+    assert any(note.startswith("train.save_every_n_samples 1000 counts") for note in notes(changes)) is told
 
 
 @pytest.mark.parametrize(("device", "native"), [("cuda:0", "cuda"), ("cuda", "cuda"), ("cpu", "cpu"), ("mps", "mps")])
@@ -692,10 +706,42 @@ def test_images_arrive_at_one_size(steps, data):
     assert any("images of different sizes" in note for note in notes(changes)) == (not one_size)
 
 
+def test_images_that_are_not_square_are_stretched_and_that_is_said():
+    wide = notes({"data.preprocessing": {"RandomResizedCrop": {"size": [32, 48]}}})
+    assert any(note.startswith("data.preprocessing makes images of 48x32 pixels, and U-Nets") for note in wide)
+    square = notes({"data.preprocessing": {"RandomResizedCrop": {"size": [48, 48]}}})
+    assert not any("U-Nets make square ones" in note for note in square)
+
+
+@pytest.mark.parametrize(("kind", "context"), [("image", {}), ("text", TEXT)])
+def test_what_is_always_hidden_is_said(kind, context):
+    key = f"decoder.{kind}_cond_drop_prob"
+    for changes, told in ({key: 0.9}, False), ({key: 1.0}, True), ({key: 1.0, "decoder.unconditional": True}, False):
+        said = [note for note in notes({**context, **changes}) if note.startswith(f"{key} is 1: in training no U-Net")]
+        assert bool(said) is told
+
+
 def test_clip_sees_images_of_its_own_size_where_nothing_says_another():
     assert tree(CLIP)["data"]["image_size"] == 224
-    assert tree({**CLIP, "decoder.clip.model": "ViT-L/14@336px"})["data"]["image_size"] == 336
-    assert tree({**CLIP, "decoder.clip.model": "RN50x4"})["data"]["image_size"] == 288
+    for name, side in {
+        "ViT-L/14@336px": 336,
+        "ViT-L-14-336-quickgelu": 336,
+        "ViT-H-14-378-quickgelu": 378,
+        "convnext_large_d_320": 320,
+        "RN50x4": 288,
+        "RN50x4-quickgelu": 288,
+        "ViT-B-32-quickgelu": 224,
+    }.items():
+        assert tree({**CLIP, "decoder.clip.model": name})["data"]["image_size"] == side, name
+
+
+@pytest.mark.parametrize(
+    ("content", "side"),
+    [('{"vision_config": {"image_size": 48}}', 48), ('{"vision_config": {}}', 224), ("[]", 224), ("{", 224)],
+)
+def test_the_folder_of_a_clip_says_the_size_of_its_images(content, side, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    assert tree({**CLIP, "decoder.clip.model": str(tmp_path)})["data"]["image_size"] == side
     small = {**CLIP, "data.preprocessing": {"CenterCrop": {"size": 64}}}
     assert tree(small)["data"]["image_size"] == 64
     assert any("which are enlarged to 224 for decoder.clip" in note for note in notes(small))
@@ -1038,6 +1084,11 @@ def test_what_cannot_be_is_told_before_anything_is_built(changes, message):
     assert any(problem.startswith(message) for problem in problems(changes))
 
 
+def test_a_list_that_is_too_short_is_one_wrong_value():
+    said = ["decoder.blur_sigma is [0.4], and must be float > 0 or [float > 0, float > 0]."]
+    assert problems({"decoder.blur_sigma": [0.4]}) == said
+
+
 def test_problems_of_all_sections_are_told_at_once():
     changes = {
         "decoder.image_sizes": [32, 16],
@@ -1117,9 +1168,11 @@ def test_overrides_are_in_native_words():
     assert origins == ["dalle2", "override", "default"]
 
 
-def test_a_native_config_is_not_taken_for_one_of_these():
-    with pytest.raises(ConfigError, match="decoder is not an option"):
-        load({"output": "x", "data": {"source": "butterflies"}, "task": "unconditional", "decoder": {}})
+def test_a_config_in_both_words_is_told_so_in_one_line():
+    with pytest.raises(ConfigError) as error:
+        load({**BASE, "task": {"name": "unclip_decoder", "resize": "nearest"}})
+    (problem,) = error.value.problems
+    assert problem.startswith("task stands beside decoder: ")
 
 
 def test_a_prior_is_said_to_be_not_there_yet():

@@ -100,6 +100,19 @@ def test_durations_count_steps_samples_or_epochs():
     assert load(TREE, ["train.duration=25"]).run.train.duration == "25 steps"
 
 
+def test_what_is_to_happen_every_so_often_may_name_several_durations_and_the_shortest_counts():
+    every = load(TREE, ["checkpoint.every=1_000 samples or 2 epochs"]).run.checkpoint.every
+    assert every == "1000 samples or 2 epochs"
+    assert steps_in(every, batch_size=10, epoch_samples=40) == 8
+    assert steps_in(every, batch_size=10, epoch_samples=4000) == 100
+
+
+@pytest.mark.parametrize("override", ["train.duration=10 steps or 1 epoch", "checkpoint.every=10 steps or"])
+def test_a_length_is_one_duration_and_each_of_several_must_be_one(override):
+    with pytest.raises(ConfigError, match="must be like '1000 steps'"):
+        load(TREE, [override])
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -68,7 +68,7 @@ def test_problems_of_all_kinds_are_found_at_once(make_config, tmp_path):
         "data.source.root",
         "train.micro_batch_size",
         "train.freeze",
-        "train.device is 'mps', and torch finds no such device here. Use device=auto or cpu.",
+        "train.device is 'mps', and torch finds no such device here. Use train.device=auto or cpu.",
     ]
 
 

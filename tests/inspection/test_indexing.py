@@ -174,6 +174,7 @@ def test_a_config_and_its_overrides_say_which_shards(tmp_path, make_config):
         assert index(path).num_samples == 15
         assert index(str(path), ["data.source.start_shard=1", "data.source.end_shard=1"]).num_samples == 5
     assert index(url(folder), ["shard_width=5", "start_shard=2"]).num_samples == 6
+    assert index(url(folder), ["data.source.shard_width=5"]).num_samples == 15  # as messages say it
 
 
 @pytest.mark.parametrize(

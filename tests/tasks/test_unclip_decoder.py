@@ -99,6 +99,11 @@ WRONG = {
     "no network": ([], {}, ["unets: is empty"]),
     "too many": ([unet(image_size=2 * i + 2) for i in range(9)], {}, ["unets: has 9 networks"]),
     "order": ([unet(image_size=16), unet(image_size=8)], {}, ["unets[1].image_size: is 8 x 8, and a network before"]),
+    "silent": (
+        [unet(image_size=8, noise_schedule={"name": "linear", "rescale_zero_terminal_snr": True})],
+        {},
+        ["unets[0].noise_schedule.rescale_zero_terminal_snr: is true, and prediction_type is"],
+    ),
     "same size twice": ([RIGHT, RIGHT], {}, ["unets[1].image_size: is 8 x 8, and a network before it makes 8 x 8"]),
     "one side": ([unet(image_size=[8, 4]), unet(image_size=[6, 8])], {}, ["unets[1].image_size: is 6 x 8"]),
     "size left out": ([unet(), unet(image_size=16)], {}, ["unets[0]: has no image_size"]),
@@ -171,6 +176,16 @@ WRONG_FOR_DATA = {
         ["unets[1].image_size is data.image_size, 16 x 16"],
     ),
     "odd": (options_of(), DataFacts((16, 17), (), FACTS.arrays), ["unets[1].image_size is data.image_size, 16 x 17"]),
+    "stretched by the last": (
+        options_of(unet(image_size=8), unet()),
+        DataFacts((16, 24), (), FACTS.arrays),
+        ["unets[0].image_size is 8 x 8, and the next network makes 16 x 24 of it"],
+    ),
+    "stretched": (
+        options_of(unet(image_size=[8, 4]), unet(image_size=[8, 12]), unet()),
+        DataFacts((16, 24), (), FACTS.arrays),
+        ["Give both the same aspect ratio, such as 8 x 12 here."],
+    ),
     "blur": (
         options_of(unet(image_size=2), unet(lowres={"blur_kernel_size": 5})),
         FACTS,

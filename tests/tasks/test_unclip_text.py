@@ -139,8 +139,8 @@ LITE = {"name": "efficientnet_lite0"}
 @pytest.mark.parametrize(
     ("encoder", "facts", "said"),
     [
-        (None, NO_CAPTIONS, "task.unets: a network follows text (text_conditioned), and the data has no text"),
-        (None, FACTS, "or make them of its captions with task.encoder=clip, or set text_conditioned to false."),
+        (None, NO_CAPTIONS, "task.unets: a network follows text (model.text_conditioned), and the data has no text"),
+        (None, FACTS, "or make them of its captions with task.encoder=clip, or set model.text_conditioned to false."),
         (LITE, FACTS, "task.encoder is efficientnet_lite0, and reads no captions; a network follows text"),
         ({"name": "clip"}, NO_CAPTIONS, "no text encodings, and no captions that task.encoder could make them of."),
     ],

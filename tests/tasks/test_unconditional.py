@@ -156,6 +156,13 @@ def test_classes_need_data_that_has_them():
         task.draw("unet", make_batch(labels=False), rngs())
 
 
+def test_the_noise_of_levels_that_end_in_noise_alone_is_not_learned():
+    schedule = {"name": "cosine", "rescale_zero_terminal_snr": True}
+    assert make_task(noise_schedule=schedule, prediction_type="v_prediction").schedule.zero_terminal_snr
+    with pytest.raises(ConfigError, match="last level is noise alone"):
+        make_task(noise_schedule=schedule, prediction_type="epsilon")
+
+
 @pytest.mark.parametrize(("schedule", "kind"), [("cosine", "flow"), ("rectified_flow", "epsilon")])
 def test_rectified_flow_and_its_prediction_go_together(schedule, kind):
     with pytest.raises(ConfigError, match="do not go together"):

@@ -12,6 +12,7 @@ from eclosion.config.dalle2_cascade import TOLD
 from eclosion.config.dalle2_checks import problems_of
 from eclosion.config.dalle2_data import data_tree
 from eclosion.config.dalle2_evaluate import evaluate_tree
+from eclosion.config.dalle2_keys import keys_of
 from eclosion.config.dalle2_notes import notes_of
 from eclosion.config.dalle2_per_unet import (
     blurs,
@@ -37,8 +38,8 @@ __all__ = ["DIALECT", "translate"]
 
 
 def recognises(settings: Mapping[str, Any]) -> bool:
-    """Whether there is a decoder, or a prior with a tracker, and no native task."""
-    return ("decoder" in settings or {"prior", "tracker"} <= set(settings)) and "task" not in settings
+    """Whether there is a decoder, or a prior with a tracker and no native task."""
+    return "decoder" in settings or ({"prior", "tracker"} <= set(settings) and "task" not in settings)
 
 
 def translate(settings: Mapping[str, Any], *, lenient: bool = False) -> Translation:
@@ -51,6 +52,11 @@ def translate(settings: Mapping[str, Any], *, lenient: bool = False) -> Translat
     Raises:
         ConfigError: with every problem, one line each, in the original's words.
     """
+    if {"decoder", "task"} <= set(settings):
+        raise ConfigError(
+            "task stands beside decoder: a config is in the words of DALLE2-pytorch (decoder) or in ours (task). Leave "
+            "one of them out; what decoder cannot say stands on the command line, such as task.resize=nearest."
+        )
     if "decoder" not in settings:
         raise ConfigError("prior: of DALLE2-pytorch, configs of decoders are read, and those of priors not yet.")
     raw, unknown = without_unknown(DecoderFile, _with_lists(settings))
@@ -65,7 +71,7 @@ def translate(settings: Mapping[str, Any], *, lenient: bool = False) -> Translat
         raise ConfigError(problems)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
     notes = notes_of(file, dict(_written(raw)), world_size=world_size)
-    return Translation(_tree(file, unets, world_size), (*left_out(unknown), *notes))
+    return Translation(_tree(file, unets, world_size), (*left_out(unknown), *notes), keys_of(file))
 
 
 def _with_lists(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +101,8 @@ def _written(tree: Any, path: str = "") -> Any:
 
 def _tree(file: DecoderFile, unets: list[dict[str, Any]], world_size: int) -> dict[str, Any]:
     train, epoch = file.train, file.train.epoch_samples
-    often = min(train.save_every_n_samples, epoch or train.save_every_n_samples)  # there also at the end of each epoch
+    saves = train.save_every_n_samples  # there also at the end of each epoch; how long one is, the data may have to say
+    often = f"{min(saves, epoch)} samples" if epoch else f"{saves} samples or 1 epoch"
     samplers = _samplers(file.decoder)
     one_sampler = all(sampler == samplers[0] for sampler in samplers)
     return {
@@ -115,7 +122,7 @@ def _tree(file: DecoderFile, unets: list[dict[str, Any]], world_size: int) -> di
         "optimizer": _optimizer(train, len(unets)),
         "ema": {"decays": [train.ema_beta] if train.use_ema else []},
         "sample": {
-            "every": f"{often} samples",
+            "every": often,
             "num_images": train.n_sample_images,
             "guidance_scale": _guidance(file),
             "seed": file.seed,
@@ -132,7 +139,7 @@ def _tree(file: DecoderFile, unets: list[dict[str, Any]], world_size: int) -> di
             seed=file.seed,
             sampler=samplers[0] if one_sampler else None,
         ),
-        "checkpoint": {"every": f"{often} samples", "keep_best": any(save.save_best_to for save in file.tracker.save)},
+        "checkpoint": {"every": often, "keep_best": any(save.save_best_to for save in file.tracker.save)},
         "track": track_tree(file.tracker, validates=file.data.splits.val > 0),
         "start": start_tree(file.tracker),
     }

@@ -1,8 +1,10 @@
 """The data of DALLE2-pytorch's decoder configs in our words: shards, and how images reach the size of the cascade."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from eclosion.config.dalle2_per_unet import encodes, follows, sizes_of
@@ -42,7 +44,7 @@ KEEP = (
 )
 # The original goes on without what it cannot read, however much that is.
 MAX_BAD_FRACTION = 0.01
-# Side of the images that CLIP sees, where its name does not end in it.
+# Side of the images that CLIP sees, where neither its folder nor the end of its name says it.
 CLIP_SIDE = 224
 CLIP_SIDES = {"RN50x4": 288, "RN50x16": 384, "RN50x64": 448}
 
@@ -90,9 +92,19 @@ def data_tree(file: DecoderFile) -> dict[str, Any]:
 
 
 def clip_side(clip: Clip) -> int:
-    """Height and width of the images that a CLIP sees, as far as its name says."""
-    named = re.search(r"[@-](\d{3})(px)?$", clip.model)
-    return int(named[1]) if named else CLIP_SIDES.get(clip.model, CLIP_SIDE)
+    """Height and width of the images that a CLIP sees, as far as its folder or its name says."""
+    name = clip.model.removesuffix("-quickgelu")
+    named = re.search(r"[@_-](\d{3})(px)?$", name)
+    return _side_in(clip.model) or (int(named[1]) if named else CLIP_SIDES.get(name, CLIP_SIDE))
+
+
+def _side_in(folder: str) -> int | None:
+    """What the config of a CLIP that transformers saved says; None without one, as the encoder tells what is wrong."""
+    try:
+        side = json.loads((Path(folder).expanduser() / "config.json").read_text())["vision_config"]["image_size"]
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):  # RuntimeError: ~ of nobody
+        return None
+    return side if type(side) is int and side > 0 else None
 
 
 def arrival(file: DecoderFile) -> Arrival:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from eclosion.config.dalle2_data import arrival, clip_side
-from eclosion.config.dalle2_per_unet import encodes, follows, per_unet, schedules
+from eclosion.config.dalle2_per_unet import encodes, followed, follows, per_unet, schedules
 from eclosion.config.dalle2_schema import DecoderFile, Evaluate
 from eclosion.config.dalle2_unused import unused
 
@@ -60,6 +60,9 @@ def _decoder(file: DecoderFile, written: Mapping[str, Any]) -> Iterator[str]:
             "decoder.learned_variance true is for the first U-Net alone, as in the original. Give a list for others: "
             f"[{', '.join(['true'] * len(decoder.unets))}]."
         )
+    for key, kind in (("image_cond_drop_prob", "image"), ("text_cond_drop_prob", "text")):
+        if getattr(decoder, key) == 1 and any(kind in followed(decoder, i) for i in range(len(decoder.unets))):
+            yield f"decoder.{key} is 1: in training no U-Net is ever told the {kind}, so images will not follow it."
     if "jsd" in per_unet(decoder.beta_schedule, 1):
         yield "decoder.beta_schedule jsd ends in noise alone, which gave NaN in the original; here it works."
     for name in sorted({"linear", "quadratic"} & set(schedules(decoder)) if decoder.timesteps == 20 else ()):
@@ -104,6 +107,12 @@ def _data(file: DecoderFile, world_size: int) -> Iterator[str]:
             "data.preprocessing leaves images of different sizes, so they are scaled and cropped to "
             f"{found.size[1]}x{found.size[0]} pixels (data.image_size); each U-Net gets its own from them."
         )
+    if found.size[0] != found.size[1]:
+        yield (
+            f"data.preprocessing makes images of {found.size[1]}x{found.size[0]} pixels, and U-Nets make square ones: "
+            "their sides are scaled to the same length, as in the original, so that what is in them looks stretched. "
+            f'Make them square there, such as by "CenterCrop": {{"size": {min(found.size)}}}.'
+        )
     if file.decoder.clip and encodes(file) and min(found.size) < (side := clip_side(file.decoder.clip)):
         yield (
             f"data.preprocessing makes images of {min(found.size)} pixels, which are enlarged to {side} for "
@@ -118,6 +127,12 @@ def _training(file: DecoderFile) -> Iterator[str]:
             "train.epochs x train.epoch_samples is the length of the run, "
             f"{train.epochs * train.epoch_samples} samples. Passes over the data "
             "go on where they stood after epoch_samples, so that none is left out; the original began anew."
+        )
+    if train.epoch_samples is None or train.save_every_n_samples < train.epoch_samples:
+        yield (
+            f"train.save_every_n_samples {train.save_every_n_samples} counts the samples of the whole run; where an "
+            "epoch has fewer, checkpoints and grids are made once an epoch. The original counted anew in each epoch, "
+            "and made them at its end as well."
         )
     if train.use_ema:
         yield (

@@ -88,9 +88,14 @@ def _problems(error: ValidationError, tree: Mapping[str, Any], root: type[Any]) 
     """One line per wrong setting; the branches of a union that refuse one value are one problem."""
     by_path: dict[tuple[str | int, ...], str] = {}
     for problem in error.errors(include_url=False):
-        path = problem["loc"] if problem["type"] in MISSING else _inside(problem["loc"], tree)
+        path = problem["loc"] if _lacks_option(problem) else _inside(problem["loc"], tree)
         by_path.setdefault(path, _explain(path, problem, tree, root))
     return list(by_path.values())
+
+
+def _lacks_option(problem: Any) -> bool:
+    """Whether an option is missing, and not an item of a list that is too short, which is a wrong value."""
+    return problem["type"] in MISSING and isinstance(problem["loc"][-1], str)
 
 
 def _misread(made: Any, tree: Mapping[str, Any]) -> list[str]:
@@ -136,7 +141,7 @@ def _explain(path: tuple[str | int, ...], problem: Any, tree: Mapping[str, Any],
     kind = problem["type"]
     if kind in UNKNOWN:
         return f"{_dotted(path)} is not an option{_options_above(path, tree, root)}"
-    if kind in MISSING:
+    if _lacks_option(problem):
         return f"{_dotted(path)} is required."
     if kind in ("part", "value_error"):  # our own words
         message = re.sub(r"^Value error, ", "", problem["msg"])

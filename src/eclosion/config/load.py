@@ -3,13 +3,13 @@
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from yaml import YAMLError
 
-from eclosion.config.dialect import Dialect, Translation
+from eclosion.config.dialect import Dialect, Translation, name_keys
 from eclosion.config.explain import checked, left_out, without_unknown
 from eclosion.config.overrides import apply_overrides, read_override
 from eclosion.config.schema import RunConfig
@@ -32,11 +32,13 @@ class LoadedConfig:
         run: the config.
         origins: dotted path of a value -> "override", "config", the dialect's name, or "default".
         notes: what the user should know about a translated config.
+        keys: what a translated config calls the options, as in `Translation`.
     """
 
     run: RunConfig
     origins: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    keys: Mapping[str, str] = field(default_factory=dict)
 
 
 def load(config: object, overrides: Sequence[str] = (), *, lenient: bool = False) -> LoadedConfig:
@@ -65,11 +67,15 @@ def _loaded(config: object, overrides: Sequence[str], *, lenient: bool) -> Loade
         remember_url(text)
     if lenient:
         tree, unknown = without_unknown(RunConfig, tree)
-    run = validate(tree)
+    try:
+        run = validate(tree)
+    except ConfigError as error:
+        name_keys(error, translation.keys)
+        raise
     if told := [path for path, text in _texts(tree) if holds_token(text)]:
         raise ConfigError([f"{path}: holds a token or a key, {NOT_HERE}" for path in told])
     notes = [cleaned(note) for note in (*left_out(unknown), *translation.notes)]
-    return LoadedConfig(run, dict(_origins(run, translation.tree, name, overrides)), tuple(notes))
+    return LoadedConfig(run, dict(_origins(run, translation.tree, name, overrides)), tuple(notes), translation.keys)
 
 
 def translated(config: object, *, lenient: bool = False) -> tuple[str, Translation]:

@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 _DURATION = re.compile(r"\s*(\d[\d_]*)\s*(steps?|samples?|epochs?)\s*$")
+_ONE = _DURATION.pattern.removesuffix("$")
 
 
 def _duration(value: object) -> object:
@@ -57,17 +58,32 @@ Duration = Annotated[
 ]
 
 
+def _check_interval(value: str) -> str:
+    return " or ".join(_check_duration(one) for one in value.split(" or "))
+
+
+# A duration, or several, of which the shortest counts: "100000 samples or 1 epoch".
+Interval = Annotated[
+    str,
+    BeforeValidator(_duration),
+    AfterValidator(_check_interval),
+    WithJsonSchema(
+        {"title": "duration", "type": ["string", "integer"], "pattern": f"^{_ONE}(or{_ONE})*$", "minimum": 1}
+    ),
+]
+
+
 def steps_in(duration: str, *, batch_size: int, epoch_samples: int) -> int:
     """Optimizer steps that a duration such as "50 epochs" takes, rounded up to whole batches.
 
     Args:
-        duration: as in a config.
+        duration: as in a config; of several, as in "100000 samples or 1 epoch", the shortest counts.
         batch_size: images per optimizer step, over all processes.
         epoch_samples: images in one pass over the data.
     """
-    amount, unit = _check_duration(duration).split()
-    samples = {"steps": batch_size, "samples": 1, "epochs": epoch_samples}[unit] * int(amount)
-    return math.ceil(samples / batch_size)
+    units = {"steps": batch_size, "samples": 1, "epochs": epoch_samples}
+    each = [one.split() for one in _check_interval(duration).split(" or ")]
+    return math.ceil(min(int(amount) * units[unit] for amount, unit in each) / batch_size)
 
 
 def last_step(duration: str, *, step: int, samples_seen: int, batch_size: int, epoch_samples: int) -> int:
@@ -282,8 +298,9 @@ class TrainConfig:
 class SampleConfig:
     """The pictures that a run makes of itself as it goes."""
 
-    # How often a grid is made; one is also made before the first and after the last step.
-    every: Duration = "1000 steps"
+    # How often a grid is made; one is also made before the first and after the last step. "5000 samples or 1 epoch" is
+    # as often as the shorter of the two says.
+    every: Interval = "1000 steps"
     # Images in the grid; 0 makes none.
     num_images: NonNegative = 16
     # The algorithm that removes noise.
@@ -300,7 +317,7 @@ class ValidateConfig:
 
     # How often: "1000 steps", "100000 samples" or "1 epochs"; also before the first and after the last step. None is
     # off.
-    every: Duration | None = None
+    every: Interval | None = None
     # How many images, from the first in the order of the source; none takes all.
     num_samples: Positive | None = None
     # Where the images come from; none takes the validation part of data.source.
@@ -312,7 +329,7 @@ class EvaluateConfig:
     """Scores of images that a run makes of itself, against images that it is compared with."""
 
     # How often: "1000 steps", "100000 samples" or "10 epochs"; also after the last step. None is off.
-    every: Duration | None = None
+    every: Interval | None = None
     # Images that are made; where they follow conditions, at most as many as there are samples to take them from.
     num_samples: Annotated[int, Field(ge=2)] = 1000
     # What is measured.
@@ -340,7 +357,8 @@ class CheckpointConfig:
     """When the state of a run is written, and how much of it is kept."""
 
     # How often a checkpoint is written; one is also written after the last step and when a signal stops the run.
-    every: Duration = "1000 steps"
+    # "5000 samples or 1 epoch" is as often as the shorter of the two says.
+    every: Interval = "1000 steps"
     # How many of the newest checkpoints are kept; at least two.
     keep_last: Annotated[int, Field(ge=2)] = 2
     # Checkpoints whose step is a multiple of this are kept for good.
@@ -357,7 +375,7 @@ class TrackConfig:
     """Where numbers and pictures go; metrics.jsonl is always written."""
 
     # How often numbers are logged.
-    every: Duration = "10 steps"
+    every: Interval = "10 steps"
     # Where else they go.
     log: list[Annotated[Any, PartOf("loggers")]] = field(default_factory=lambda: ["console"])
     # Where checkpoints and models go besides the run folder.

@@ -31,14 +31,14 @@ class Imported:
     Attributes:
         folder: the run folder.
         step, samples_seen: optimizer updates and images behind its checkpoint.
-        networks: in the order of the cascade.
+        networks: name -> optimizer updates behind it, in the order of the cascade; None if the file does not say.
         notes: what differs from the original, what was not taken over, and what to know, one line each.
     """
 
     folder: Path
     step: int
     samples_seen: int
-    networks: Sequence[Network]
+    networks: Mapping[str, int | None]
     notes: Sequence[str]
 
 
@@ -61,7 +61,7 @@ def import_checkpoint(
             is in exactly one of them.
         out: the run folder to make; must be new or empty. It appears whole or not at all.
         config: the JSON file, or its content, that the checkpoint was trained with; none takes it from the checkpoint.
-        overrides: texts such as "data.source.urls=shards/{}.tar", in native words.
+        overrides: texts such as "data.source.webdataset_base_url=shards/{}.tar", in native words.
         compat: whether the networks give the original's numbers where those were wrong. They were trained so.
         lenient: whether unknown keys of `config` are left out with a note, and not refused.
 
@@ -88,7 +88,7 @@ def import_checkpoint(
     notes = [*said, *notes_of(run, files, networks, step=step, samples_seen=samples_seen, compat=compat)]
     seen = step * run.train.batch_size if samples_seen is None else samples_seen
     write_run(target, run, networks, files, step=step, samples_seen=seen, facts=facts_of(run, arguments))
-    return Imported(target, step, seen, networks, notes)
+    return Imported(target, step, seen, {network.name: network.steps for network in networks}, notes)
 
 
 def write_run(

@@ -14,6 +14,7 @@ from eclosion.checkpoint import storage
 from eclosion.checkpoint.lock import holder
 from eclosion.checkpoint.store import CheckpointStore
 from eclosion.config.changes import compare, refuse
+from eclosion.config.dialect import name_keys
 from eclosion.config.explain import checked
 from eclosion.config.load import LoadedConfig, leaves, load, translated
 from eclosion.config.overrides import apply_overrides
@@ -136,11 +137,12 @@ class Check:
 
     @contextmanager
     def looking(self) -> Iterator[None]:
-        """A block whose error is a problem found, and not the end of the check."""
+        """A block whose error is a problem found, once for all blocks that end in it, and not the end of the check."""
         try:
             yield
         except UserError as error:
-            self.problems.append(error)
+            if str(error) not in map(str, self.problems):
+                self.problems.append(error)
 
 
 def check(config: object, overrides: Sequence[str] = (), *, lenient: bool = False) -> Check:
@@ -157,6 +159,8 @@ def check(config: object, overrides: Sequence[str] = (), *, lenient: bool = Fals
         loaded = load(config, overrides, lenient=lenient)
     if loaded:
         _look_at_run(found, loaded)
+        for problem in found.problems:
+            name_keys(problem, loaded.keys)
     else:
         _look_at_data_alone(found, config, overrides)
     return found

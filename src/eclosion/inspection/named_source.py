@@ -21,7 +21,8 @@ def source_of(text: str, overrides: Sequence[str], *, otherwise: str, option: st
 
     Args:
         text: such as "config.yaml", "butterflies" or "path/to/images".
-        overrides: of the config, such as "data.source.size=100"; without a config, of the source alone: "size=100".
+        overrides: of the config, such as "data.source.size=100"; without a config, of the source alone: "size=100", or
+            as messages about it say it, "data.source.size=100".
         otherwise: name of the source that takes any other text.
         option: the option of that source which the text is.
 
@@ -30,9 +31,10 @@ def source_of(text: str, overrides: Sequence[str], *, otherwise: str, option: st
     """
     if text.lower().endswith(CONFIG_SUFFIXES):
         return load(text, overrides).run.data.source
+    given = [override.removeprefix("data.source.") for override in overrides]
     if text in names("sources"):
-        return checked(resolve("sources", text), apply_overrides({}, overrides))
-    return checked(resolve("sources", otherwise), apply_overrides({option: text}, overrides))
+        return checked(resolve("sources", text), apply_overrides({}, given))
+    return checked(resolve("sources", otherwise), apply_overrides({option: text}, given))
 
 
 def source_or_shards(text: str, overrides: Sequence[str]) -> Any:

@@ -20,6 +20,7 @@ __all__ = [
     "Task",
     "TaskPart",
     "check_wishes",
+    "is_silent",
     "one_each",
     "place_of",
     "samplers_for",
@@ -211,6 +212,11 @@ def check_wishes(task: Task, run: RunConfig) -> None:
         raise ConfigError(problems)
     if run.export != "no" or run.hub:
         task.pipeline(None if run.export == "no" else run.export)
+
+
+def is_silent(noise_schedule: Any, prediction_type: str) -> bool:
+    """Whether what is learned at the last level says nothing of the image: its noise, where there is noise alone."""
+    return prediction_type == "epsilon" and getattr(noise_schedule, "rescale_zero_terminal_snr", False)
 
 
 def one_each(value: float | Sequence[float], names: Iterable[str], *, what: str) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Any
 from eclosion.diffusion.lowres import LowRes
 from eclosion.models.unclip import UnclipUNetModel
 from eclosion.registry import dump
-from eclosion.tasks.task import DataFacts
+from eclosion.tasks.task import DataFacts, is_silent
 from eclosion.tasks.unclip_tier import CascadeUNet
 
 __all__ = ["MAX_UNETS", "Problem", "problems_of_options", "problems_with_arrays", "problems_with_size"]
@@ -36,6 +36,10 @@ def problems_of_options(unets: Sequence[CascadeUNet], *, unconditional: bool, en
         if flow != (unet.prediction_type == "flow"):
             does = f"is {unet.prediction_type!r}, and does not go with this noise_schedule"
             found.append((("unets", i, "prediction_type"), f"{does}: 'flow' needs rectified_flow, and it 'flow'."))
+        if is_silent(unet.noise_schedule, unet.prediction_type):
+            does = "is true, and prediction_type is 'epsilon': the last level is noise alone, which says nothing of the"
+            cure = "image. Set it to false, or use the prediction_type v_prediction or sample."
+            found.append((("unets", i, "noise_schedule", "rescale_zero_terminal_snr"), f"{does} {cure}"))
         if size := unet.size(None):
             found += _wrong_size(i, unet, size, "image_size")
         if unconditional:
@@ -55,22 +59,27 @@ def problems_of_options(unets: Sequence[CascadeUNet], *, unconditional: bool, en
 
 def problems_with_size(unets: Sequence[CascadeUNet], data_size: Size) -> list[Problem]:
     """What is wrong with images of this height and width in pixels, for options that are right by themselves."""
-    found = []
+    found: list[Problem] = []
     for i, unet in enumerate(unets):
         size, path = unet.size(data_size), ("unets", i, "image_size")
+        before = unets[i - 1].size(data_size) if i else None
+        mine: list[Problem] = []
         assert size is not None
         if unet.image_size is None:
-            found += _wrong_size(i, unet, size, "data.image_size")
-            if i and (before := unets[i - 1].size(None)) and not _is_larger(size, before):
-                found.append(
+            mine += _wrong_size(i, unet, size, "data.image_size")
+            if before and not _is_larger(size, before):
+                mine.append(
                     (path, f"is data.image_size, {_text(size)}, and the network before makes {_text(before)} already.")
                 )
-        elif any(mine > there for mine, there in zip(size, data_size, strict=True)):
+        elif any(side > there for side, there in zip(size, data_size, strict=True)):
             say = f"is {_text(size)}, and data.image_size is {_text(data_size)}: there is nothing larger to learn from."
-            found.append((path, f"{say} Set data.image_size to {_text(size)}, or this lower."))
+            mine.append((path, f"{say} Set data.image_size to {_text(size)}, or this lower."))
+        if before and not mine:
+            mine += _wrong_shape(i, before, size)
         if i:
             lowres = unet.lowres or LowRes()
-            found += _wrong_blur(i, lowres, (unets[i - 1].size(data_size) if lowres.downsample_first else data_size))
+            mine += _wrong_blur(i, lowres, before if lowres.downsample_first else data_size)
+        found += mine
     return found
 
 
@@ -109,8 +118,8 @@ def problems_with_arrays(
 
 def _cannot_read(facts: DataFacts, encoder: Any) -> list[Problem]:
     """Why nothing makes encodings of the captions, for data that has no encodings."""
-    follows = "a network follows text (text_conditioned), and the data has no text encodings"
-    cure = "Say where they are with data.source.text_embeddings_url, {}or set text_conditioned to false."
+    follows = "a network follows text (model.text_conditioned), and the data has no text encodings"
+    cure = "Say where they are with data.source.text_embeddings_url, {}or set model.text_conditioned to false."
     if encoder is not None and not hasattr(encoder, "build_text"):
         name = dump(encoder)["name"]
         say = f"is {name}, and reads no captions; {follows}. {cure.format('use a CLIP, ')}"
@@ -142,6 +151,16 @@ def _wrong_order(unets: Sequence[CascadeUNet]) -> list[Problem]:
 
 def _is_larger(size: Size, than: Size) -> bool:
     return size != than and all(mine >= theirs for mine, theirs in zip(size, than, strict=True))
+
+
+def _wrong_shape(i: int, before: Size, size: Size) -> list[Problem]:
+    """What a network would stretch of the images of the one before; one pixel is rounding."""
+    (height, width), aspect = before, size[1] / size[0]
+    if abs(width - height * aspect) <= 1 or abs(height - width / aspect) <= 1:
+        return []
+    fit = _text((height, round(height * aspect)))
+    say = f"is {_text(before)}, and the next network makes {_text(size)} of it, which would stretch what is in it."
+    return [(("unets", i - 1, "image_size"), f"{say} Give both the same aspect ratio, such as {fit} here.")]
 
 
 def _wrong_size(i: int, unet: CascadeUNet, size: Size, name: str) -> list[Problem]:

@@ -17,7 +17,7 @@ from eclosion.diffusion.samplers import OnStep, levels
 from eclosion.errors import ConfigError, UserError
 from eclosion.registry import PartOf, part
 from eclosion.rng import Generator, randn, uniform
-from eclosion.tasks.task import DataFacts, one_each
+from eclosion.tasks.task import DataFacts, is_silent, one_each
 
 __all__ = ["Unconditional", "UnconditionalTask"]
 
@@ -55,6 +55,12 @@ class Unconditional:
             raise ConfigError(
                 f"task.prediction_type {self.prediction_type!r} and task.noise_schedule do not go together: "
                 "'flow' needs rectified_flow, and rectified_flow needs 'flow'."
+            )
+        if is_silent(self.noise_schedule, self.prediction_type):
+            raise ConfigError(
+                "task.prediction_type is 'epsilon', and task.noise_schedule.rescale_zero_terminal_snr is true: the "
+                "last level is noise alone, which says nothing of the image. Use v_prediction or sample, or set that "
+                "to false."
             )
         if self.class_conditional and not facts.class_names:
             raise ConfigError("task.class_conditional is true, and the data source has no labels. Set it to false.")

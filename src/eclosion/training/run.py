@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from eclosion.config.load import load
+from eclosion.config.dialect import name_keys
+from eclosion.config.load import LoadedConfig, load
 from eclosion.config.schema import RunConfig
 from eclosion.data.source import Samples, ShardedSamples
 from eclosion.data.torch_dataset import TorchDatasetSamples
@@ -60,7 +61,7 @@ def train(
     for note in loaded.notes if os.environ.get("RANK", "0") == "0" else ():  # once, not by every process of torchrun
         warnings.warn(note, stacklevel=2)
     run = loaded.run
-    with StopSignals() as stop, _told(run):
+    with StopSignals() as stop, _told(loaded):
         try:
             samples = run.data.source.open() if dataset is None else TorchDatasetSamples(dataset)
             with _closing(samples), world(pick_device(run.train.device).type) as w:
@@ -84,8 +85,9 @@ def _closing(samples: Samples) -> Iterator[None]:
 
 
 @contextmanager
-def _told(run: RunConfig) -> Iterator[None]:
+def _told(loaded: LoadedConfig) -> Iterator[None]:
     """Turn what a machine may do to a run into one line; keep the traceback in the run folder."""
+    run = loaded.run
     try:
         yield
     except (KeyboardInterrupt, Interrupted):
@@ -94,6 +96,8 @@ def _told(run: RunConfig) -> Iterator[None]:
         if not isinstance(error, ConfigError | LockedError):  # the folder may be another run's
             _keep_traceback(run, error)
         told = _as_user_error(error, run)
+        if isinstance(told, UserError):
+            name_keys(told, loaded.keys)
         if told is error:
             raise
         raise told from error
