@@ -12,14 +12,19 @@ SCRIPT = Path(__file__).parents[2] / "docs" / "metrics_study.py"
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What is wrong -> score -> its value."""
+def script():
     pytest.importorskip("efficientnet_lite_pytorch")
     spec = importlib.util.spec_from_file_location("metrics_study", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    measured = module.study(120, 240, cache=tmp_path_factory.mktemp("references"))
+    return module
+
+
+@pytest.fixture(scope="module")
+def found(script, tmp_path_factory):
+    """What is wrong -> score -> its value."""
+    measured = script.study(120, 240, cache=tmp_path_factory.mktemp("references"))
     return {what: {row.score: row for row in one.rows} for what, one in measured.items()}
 
 
@@ -55,6 +60,15 @@ def test_memorised_images_are_found_and_only_they(found):
     assert share["half of them trained on"] == pytest.approx(0.5, abs=0.1)
     for name in ("real", "blurred, radius 1.5", "noise, 40 of 255", "one image, again and again"):
         assert share[name] < 0.1
+
+
+def test_half_of_them_trained_on_is_half_of_them_each_once(script):
+    trained = script.butterflies(0, 40)
+    sets = script.sets(20, trained, script.EfficientNetLite0Encoder())
+    (half,) = (made for made in sets if made.name == "half of them trained on")
+    pictures, known = half.read(range(20)).pixels, trained.read(range(40)).pixels
+    same = (pictures[:, None] == known).flatten(2).all(2)
+    assert same.any(1).sum() == same.any(0).sum() == 10
 
 
 def test_distances_do_not_see_that_images_are_those_of_training(found):

@@ -12,7 +12,7 @@ from torch import nn
 
 from eclosion.config.load import load
 from eclosion.errors import ConfigError, DataError
-from eclosion.evaluation import looking, measuring
+from eclosion.evaluation import looking, measuring, plan
 from eclosion.evaluation.images import ALONE, Seen
 from eclosion.evaluation.looking import extractor_of
 from eclosion.evaluation.made import DataExamples
@@ -257,6 +257,13 @@ def test_a_run_refuses_before_its_first_step_what_would_share_a_key_or_be_compar
     check_needs(run_with(["kid", "fid"]), part, follows_nothing)
 
 
+def test_a_run_is_told_of_as_few_real_images_as_a_metric_will_look_at(fakes, monkeypatch):
+    monkeypatch.setattr(plan, "LIMIT", 2)
+    part, follows_nothing = Part("val", Followed({})), SimpleNamespace(wants=())
+    notes = check_needs(run_with(["kid", "fid"]), part, follows_nothing)
+    assert [note[:13] for note in notes] == ["kid: 2 images", "fid: 3 images"]
+
+
 def test_the_first_images_and_their_originals_are_shown():
     made = Pictures("made", brings=["originals", "conditions"])
     found = measured(made, metrics=["cosine"])
@@ -305,6 +312,35 @@ def test_a_metric_that_has_no_score_for_these_images_is_refused_or_left_out_with
     assert [row.score for row in found.rows] == ["kid"]
     assert [note[: len(message)] for note in found.notes] == [message]
     assert found.pairs is None
+
+
+def test_scores_say_how_many_images_they_looked_at_of_a_file_that_keeps_the_features_of_some(tmp_path):
+    """The Fréchet distance takes sums over all of them."""
+    real, encoder, path = Pictures("real", seed=1, count=120), tiny(), tmp_path / "some.safetensors"
+    features = real.features(encoder)
+    save_statistics(path, Reference(Moments.of(features), features[:12]), images=real, part=None, encoder=encoder)
+    metrics = ["kid", "fid", "precision_recall", "memorisation"]
+    train = Pictures("train", seed=2, count=60)
+    found = measured(Pictures("made"), path, train=train, metrics=metrics, extractor=encoder)
+    rows = {row.score: row for row in found.rows}
+    counts = {name: (row.n, row.n_reference) for name, row in rows.items()}
+    assert counts == {
+        "kid": (COUNT, 12),
+        "fid": (COUNT, 120),
+        **dict.fromkeys(["precision", "recall", "density", "coverage"], (12, 12)),
+        **dict.fromkeys(["memorised", "nearer_than_held_out"], (COUNT, 12)),
+    }
+    assert rows["kid"].notes == ("kid: 12 images tell only large differences apart: look at its interval.",)
+    assert [note[:49] for note in rows["precision"].notes] == [
+        "precision_recall: 12 images are far from each oth",
+        "precision_recall: the reference has 12 images, an",
+    ]
+    assert [note[:47] for note in rows["memorised"].notes] == ["memorisation: 12 held-out images have no neares"]
+    floors = {name: (row.floor.n, row.floor.n_reference) for name, row in rows.items() if row.floor}
+    assert (floors["kid"], floors["nearer_than_held_out"]) == ((6, 6), (6, 6))
+    kid = {"name": "kid", "subsets": 2, "subset_size": 20}
+    with pytest.raises(ConfigError, match="subset_size is 20, and there are 12 reference images"):
+        measured(Pictures("made", stops_at=0), path, metrics=[kid], extractor=encoder)
 
 
 def test_training_images_that_are_not_looked_at_are_told_of(monkeypatch):

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from eclosion.cli.terminal import print_evaluation
 from eclosion.errors import EnvironmentProblem
-from eclosion.evaluation.results import Extractor, Result, append_results, check_results, read_results
+from eclosion.evaluation.evaluating import Evaluation
+from eclosion.evaluation.results import Extractor, Floor, Result, append_results, check_results, read_results
 
 ROW = Result(
     score="kid",
@@ -31,6 +33,15 @@ def test_rows_come_back_as_they_were(tmp_path):
     append_results(path, [ROW])
     assert read_results(path) == [json.loads(json.dumps(ROW.as_dict()))]
     assert read_results(tmp_path / "none.json") == []
+
+
+def test_the_table_gives_each_floor_with_its_error(capsys):
+    floor = Floor(value=0.5, error=0.125, interval=(0.25, 0.75), n=5, n_reference=15)
+    rows = [replace(ROW, floor=floor), replace(ROW, score="kid_std", floor=replace(floor, error=None))]
+    print_evaluation(Evaluation(rows, [], "runs/a", "the val data", 10, None, []))
+    table = capsys.readouterr().out
+    assert "0.5 ± 0.12 (5 and 15)" in table
+    assert "0.5 (5 and 15)" in table
 
 
 def test_a_number_that_is_none_is_null(tmp_path):

@@ -25,6 +25,8 @@ def test_it_is_the_score_of_a_part_of_the_reference_against_the_rest(name, made,
     found = floor(metric, real, made, 4)
     assert (found.made, found.reference) == (part, 120 - part)
     assert found.scores == metric.scores(Evidence(drawn, Reference(Moments.of(rest), rest), seed=4))
+    equal = {score.counts for score in found.scores.values()}
+    assert equal == {(part, part) if name == "precision_recall" else None}
 
 
 @pytest.mark.parametrize(("made", "part"), [(30, 30), (200, 120)], ids=str)

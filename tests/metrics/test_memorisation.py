@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from eclosion.metrics.memorisation import Memorisation, Pair
 from eclosion.metrics.metric import Evidence, Moments, Reference, Unscorable
+from eclosion.metrics.uncertainty import of_share, of_share_below
 
 
 def features(count, seed, *, dim=3):
@@ -24,6 +26,7 @@ def test_it_agrees_with_a_search_through_all_pairs():
     made, held_out, train = features(30, 1), features(49, 2), features(40, 3)
     near = [np.sort([min(np.linalg.norm(x - t) for t in train.numpy()) for x in s.numpy()]) for s in (made, held_out)]
     found = values(made, held_out, train, quantile=0.1)
+    assert Memorisation().better == {"memorised": "lower", "nearer_than_held_out": "near 0.5"}
     assert found["memorised"] == np.mean(near[0] <= near[1][4])  # the fifth of 49 has a tenth below it
     assert found["nearer_than_held_out"] == pytest.approx(np.mean(near[0][:, None] < near[1]))
 
@@ -63,8 +66,59 @@ def test_its_errors_are_how_far_the_scores_spread():
     assert 0.85 < torch.tensor([one.error for one in order]).mean() / spread < 1.15
     share = [one["memorised"] for one in drawn]
     spread = torch.tensor([one.value for one in share]).std()
-    # given the threshold, which moves from draw to draw too
-    assert 0.7 < torch.tensor([one.error for one in share]).mean() / spread < 1.1
+    assert 0.85 < torch.tensor([one.error for one in share]).mean() / spread < 1.15
+
+
+DRAWS = [(held_out, copied, nearer) for copied, nearer in [(0, 1), (0.3, 1), (0, 0.2)] for held_out in (100, 500)]
+
+
+@pytest.mark.parametrize(("held_out", "copied", "nearer"), DRAWS)
+def test_its_interval_holds_what_is_expected_of_fresh_draws_of_copies_and_of_images_that_are_nearer(
+    held_out, copied, nearer
+):
+    """The nearest hundredth is told by one held-out image of 100, or by five of 500, which are drawn as well."""
+    count, repeats, place = 1000, 400, (held_out + 1) // 100
+    train, rng = torch.zeros(1, 1), np.random.default_rng(5)
+
+    def share_of_a_draw():
+        made = nearer * rng.exponential(size=count) * (rng.random(count) >= copied)
+        others = torch.from_numpy(rng.exponential(size=(held_out, 1)))
+        return Memorisation().scores(evidence(torch.from_numpy(made)[:, None], others, train))["memorised"]
+
+    drawn = [share_of_a_draw() for _ in range(repeats)]
+    above = stats.beta(place, held_out + 1 - place).expect(lambda u: (1 - u) ** (1 / nearer))
+    expected = copied + (1 - copied) * (1 - above)
+    covered = np.mean([one.interval[0] <= expected <= one.interval[1] for one in drawn])
+    # how densely images lie around one held-out image is a guess
+    least = 0.8 if (held_out, nearer) == (100, 0.2) else 0.95 - 4 * np.sqrt(0.95 * 0.05 / repeats)
+    assert least < covered < 0.95 + 4 * np.sqrt(0.95 * 0.05 / repeats)
+    told, spread = np.mean([one.error for one in drawn]), np.std([one.value for one in drawn])
+    assert 0.85 < told / spread < 1.5
+
+
+def test_the_error_of_a_share_below_a_drawn_threshold_is_that_of_the_beta_binomial_distribution():
+    """Where as many are below it as are expected of draws from the distribution of the others."""
+    score = of_share_below(some_below(40, 1010), torch.linspace(1, 2, 100), 4)
+    assert score.value == pytest.approx(4 / 101)
+    assert score.error == pytest.approx(stats.betabinom(1010, 4, 97).std() / 1010, rel=1e-9)
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 50), (1, 50), (25, 50), (50, 50), (7, 1000)])
+def test_beside_many_others_the_threshold_counts_for_nothing(hits, count):
+    whole = of_share_below(some_below(hits, count), torch.linspace(1, 2, 200_000), 2)
+    alone = of_share(hits, count)
+    assert whole.interval == pytest.approx(alone.interval, abs=1e-4)
+    assert whole.error == pytest.approx(alone.error, abs=1e-4)
+
+
+def test_copies_have_a_narrow_interval_however_few_are_held_out():
+    low, high = of_share_below(some_below(1000, 1000), torch.linspace(1, 2, 20), 1).interval
+    assert (low > 0.995, high) == (True, 1)
+
+
+def some_below(hits, count):
+    """Numbers of which so many are below all from 1 to 2, and the rest above."""
+    return torch.cat([torch.zeros(hits), torch.full((count - hits,), 3.0)])
 
 
 def test_none_memorised_still_has_an_upper_limit():

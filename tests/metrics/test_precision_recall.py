@@ -68,6 +68,21 @@ def test_of_a_larger_reference_as_many_are_drawn_as_there_are_images():
     assert {name: one.value for name, one in score(made, real).items()} == pytest.approx(expected)
 
 
+def test_of_more_images_as_many_are_drawn_as_the_reference_has_and_a_note_says_so():
+    made, real = features(400, 1), features(50, 2)
+    order = torch.from_numpy(precision_recall.generator(3, "precision_recall", "made").permutation(400))
+    found = score(made, real)
+    expected = by_hand(made[order[:50]], real, 5)
+    assert {name: one.value for name, one in found.items()} == pytest.approx(expected)
+    assert {one.counts for one in found.values()} == {(50, 50)}
+    assert {one.counts for one in score(real, made).values()} == {(50, 50)}
+    assert list(PrecisionRecall().problems(made=400, reference=50, dim=4))[1:] == [
+        "precision_recall: the reference has 50 images, and the scores want two sets of one size: 50 of the 400 images "
+        "are looked at. Compare with more images to look at all."
+    ]
+    assert len(list(PrecisionRecall().problems(made=50, reference=400, dim=4))) == 1
+
+
 def test_its_errors_do_not_understate_how_far_the_scores_spread():
     drawn = [score(features(100, 2 * s, shift=0.5), features(100, 2 * s + 1)) for s in range(80)]
     for name in ("precision", "recall", "density", "coverage"):

@@ -350,6 +350,14 @@ REFUSED = [
         {"checkpoint": {"best": "kid_std"}, "evaluate": {"metrics": [{"name": "kid", "subsets": 2, "subset_size": 5}]}},
         r"'kid_std', which says how far a score spreads, not how good it is. Use kid\.",
     ),
+    (
+        {"checkpoint": {"best": "memorised"}, "evaluate": {"metrics": ["kid", "memorisation"]}},
+        r"'memorised', which says whether images are copies, not how good they are: noise has the lowest memorised\.",
+    ),
+    (
+        {"checkpoint": {"best": "nearer_than_held_out/efficientnet_lite0"}},
+        r"'nearer_than_held_out/efficientnet_lite0', which says whether images are copies, .* Use validation or",
+    ),
 ]
 
 

@@ -245,7 +245,7 @@ def _number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _error(row: "Result") -> str:
+def _error(row: "Result | Floor") -> str:
     return "" if row.error is None else f"± {row.error:.2g}"
 
 
@@ -254,7 +254,7 @@ def _interval(row: "Result") -> str:
 
 
 def _floor(floor: "Floor | None") -> str:
-    return "" if floor is None else f"{_number(floor.value)} ({_counts(floor)})"
+    return "" if floor is None else " ".join(filter(None, [_number(floor.value), _error(floor), f"({_counts(floor)})"]))
 
 
 def _counts(row: "Result | Floor") -> str:

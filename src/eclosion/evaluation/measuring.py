@@ -22,7 +22,7 @@ from eclosion.evaluation.rows import OnImage, forget_rows, rows_of
 from eclosion.evaluation.watched import Watched
 from eclosion.metrics.floor import floor
 from eclosion.metrics.memorisation import Memorisation, Pair
-from eclosion.metrics.metric import Evidence, Influence, Metric, Need, Reference, Score, Unscorable
+from eclosion.metrics.metric import Evidence, Influence, Metric, Need, Reference, Score, Unscorable, num_looked_at
 from eclosion.registry import dump
 from eclosion.sampling.pictures import Pixels
 
@@ -234,7 +234,7 @@ def _check_embeddings(metrics: Sequence[Metric], uses: Sequence[Look], made: Ima
 def _problems(metric: Metric, look: Look, made: int, references: Mapping[str, Reference | None]) -> Iterator[str]:
     """What a reader must know of the scores of a metric."""
     reference = references.get(f"reference {look.key}")
-    count = 0 if reference is None else reference.moments.count
+    count = 0 if reference is None else num_looked_at(reference, metric)
     yield from look.notes
     yield from metric.problems(made=made, reference=count, dim=look.encoder.dim if look.encoder else 0)
     train = references.get(f"train {look.key}")
@@ -253,9 +253,11 @@ def _results(
 ) -> Iterator[tuple[Result, Score]]:
     reference = evidence.reference
     compared = reference if "reference" in metric.needs else None  # else it is there for the floor
+    there = (len(evidence.made), None if compared is None else num_looked_at(compared, metric))
     scores = metric.scores(evidence)
     best = None if reference is None else floor(metric, reference, len(evidence.made), seed, evidence.train)
     for name, score in scores.items():
+        n, n_reference = score.counts or there
         bound = best.scores.get(name) if best else None
         result = Result(
             score=name,
@@ -264,8 +266,8 @@ def _results(
             error=score.error,
             interval=score.interval,
             better=metric.better[name],
-            n=len(evidence.made),
-            n_reference=None if compared is None else compared.moments.count,
+            n=n,
+            n_reference=n_reference,
             seed=seed,
             floor=Floor.of(bound, n=best.made, n_reference=best.reference) if best and bound else None,
             extractor=look.extractor,

@@ -12,7 +12,9 @@ from eclosion.data.source import Samples, Split, part_of_data
 from eclosion.errors import ConfigError, did_you_mean
 from eclosion.evaluation.looking import extractor_of, problem_with_dim, problems_with_keys
 from eclosion.evaluation.made import DataClasses, DataExamples, follows_classes
+from eclosion.evaluation.reference import LIMIT
 from eclosion.metrics.lpips import PerceptualDistance
+from eclosion.metrics.memorisation import Memorisation
 from eclosion.models.lpips import lpips_network
 from eclosion.registry import dump
 from eclosion.sampling.examples import check_alike, opened, validation_source
@@ -135,11 +137,17 @@ def _problems_with_best(run: RunConfig, made_by: Sequence[Any]) -> list[str]:
         made_by: the encoders that may have made what images follow; None in place of one if it comes with the data.
     """
     best, known = run.checkpoint.best, {VALIDATION}
+    if (score := best.partition("/")[0]) in Memorisation().better:
+        return [
+            f"checkpoint.best is {best!r}, which says whether images are copies, not how good they are: noise has the "
+            f"lowest {score}. Use validation or another score, such as kid."
+        ]
     for metric in run.evaluate.metrics:
         parts = [extractor_of(metric, run.evaluate.extractor, encoder) for encoder in made_by]
         looks = [metric.net_type] if isinstance(metric, PerceptualDistance) else [dump(part)["name"] for part in parts]
         for score in metric.better:
-            known |= set() if score.endswith(SPREAD) else {score, *(f"{score}/{name}" for name in looks)}
+            left_out = score.endswith(SPREAD) or isinstance(metric, Memorisation)
+            known |= set() if left_out else {score, *(f"{score}/{name}" for name in looks)}
     if best in known:
         return []
     if best.partition("/")[0].endswith(SPREAD):
@@ -225,7 +233,8 @@ def check_needs(run: RunConfig, part: Part, task: Task, first: int = 0) -> list[
             problems.append(f"evaluate.metrics: {problem}")
             continue
         try:
-            notes += metric.problems(made=count, reference=len(part.samples), dim=dims[key])
+            kept = len(part.samples) if metric.looks_at == "moments" else min(len(part.samples), LIMIT)
+            notes += metric.problems(made=count, reference=kept, dim=dims[key])
         except ConfigError as error:
             problems += [f"evaluate.metrics: {problem}" for problem in error.problems]
     if problems:

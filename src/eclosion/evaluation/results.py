@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from eclosion.errors import EnvironmentProblem
-from eclosion.metrics.metric import Score
+from eclosion.metrics.metric import Better, Score
 from eclosion.tracking.tracker import write_json
 
 __all__ = ["Extractor", "Floor", "Result", "append_results", "check_results", "key_of", "read_results"]
@@ -56,7 +56,8 @@ class Floor:
 
     @classmethod
     def of(cls, score: Score, *, n: int, n_reference: int | None) -> "Floor":
-        """A score of so many images against so many others."""
+        """A score of so many images against so many others, or of the part of them that it says."""
+        n, n_reference = score.counts or (n, n_reference)
         return cls(score.value, score.error, score.interval, n, n_reference)
 
 
@@ -71,8 +72,8 @@ class Result:
         error: its standard error; None if there is none.
         interval: the 95 % interval; None if there is none.
         better: which way is better.
-        n: images that were scored.
-        n_reference: images that they were compared with; None if the score compares with none.
+        n: images that were scored: those that the metric looked at.
+        n_reference: images that they were compared with: those that it looked at; None if it compares with none.
         seed: of what the metric draws.
         floor: the score of real images against real ones; None if there is none.
         extractor: what looked at the images; None if the score needs none.
@@ -87,7 +88,7 @@ class Result:
     value: float
     error: float | None
     interval: tuple[float, float] | None
-    better: Literal["lower", "higher"]
+    better: Better
     n: int
     n_reference: int | None
     seed: int

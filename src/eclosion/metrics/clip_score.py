@@ -1,11 +1,11 @@
 """How well images fit their captions, in the eyes of CLIP."""
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from eclosion.metrics.agreement import cosines
 from eclosion.metrics.features import enough
-from eclosion.metrics.metric import Evidence, Need, Score
+from eclosion.metrics.metric import Better, Evidence, LooksAt, Need, Score
 from eclosion.metrics.uncertainty import of_mean
 from eclosion.registry import PartOf, part
 
@@ -28,13 +28,15 @@ class ClipScore:
     # What each image is compared with: its caption, or the image that it was made from.
     against: Literal["caption", "original"] = "caption"
 
+    looks_at: ClassVar[LooksAt] = "features"
+
     @property
     def needs(self) -> tuple[Need, ...]:
         """What has to be there besides the images."""
         return ("captions",) if self.against == "caption" else ("originals",)
 
     @property
-    def better(self) -> Mapping[str, Literal["lower", "higher"]]:
+    def better(self) -> Mapping[str, Better]:
         """Each score, and which way is better."""
         return {"clip_score": "higher", "clip_score_to_others": "lower"}
 

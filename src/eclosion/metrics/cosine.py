@@ -1,11 +1,11 @@
 """How near the embeddings of images are to those that they were made from."""
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar
 
 from eclosion.metrics.agreement import cosines
 from eclosion.metrics.features import enough
-from eclosion.metrics.metric import Evidence, Need, Score
+from eclosion.metrics.metric import Better, Evidence, LooksAt, Need, Score
 from eclosion.metrics.uncertainty import of_mean
 from eclosion.registry import PartOf, part
 
@@ -23,13 +23,15 @@ class Cosine:
     # The encoder that made the embeddings which images are made from; none takes the evaluation's.
     extractor: Annotated[Any, PartOf("encoders")] | None = None
 
+    looks_at: ClassVar[LooksAt] = "features"
+
     @property
     def needs(self) -> tuple[Need, ...]:
         """What has to be there besides the images."""
         return ("conditions",)
 
     @property
-    def better(self) -> Mapping[str, Literal["lower", "higher"]]:
+    def better(self) -> Mapping[str, Better]:
         """Each score, and which way is better."""
         return {"cosine": "higher", "cosine_to_others": "lower"}
 

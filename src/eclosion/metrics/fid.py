@@ -8,13 +8,13 @@ s, U       eigenvalues and eigenvectors of F^T S' F, S' the reference's covarian
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from eclosion.metrics.features import enough, rows
-from eclosion.metrics.metric import Evidence, Influence, Moments, Need, Score
+from eclosion.metrics.metric import Better, Evidence, Influence, LooksAt, Moments, Need, Score
 from eclosion.metrics.uncertainty import with_error
 from eclosion.registry import PartOf, part
 
@@ -37,13 +37,15 @@ class FrechetDistance:
     # The encoder whose features it looks at; none takes the evaluation's.
     extractor: Annotated[Any, PartOf("encoders")] | None = None
 
+    looks_at: ClassVar[LooksAt] = "moments"
+
     @property
     def needs(self) -> tuple[Need, ...]:
         """What has to be there besides the images."""
         return ("reference",)
 
     @property
-    def better(self) -> Mapping[str, Literal["lower", "higher"]]:
+    def better(self) -> Mapping[str, Better]:
         """Each score, and which way is better."""
         return {"fid": "lower"}
 

@@ -7,14 +7,15 @@ IS         exp(mean_i KL(p_i | p)) = exp(H(p) - mean_i H(p_i)), H the entropy
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from eclosion.errors import ConfigError
 from eclosion.metrics.features import enough, rows
-from eclosion.metrics.metric import Evidence, Influence, Need, Score
+from eclosion.metrics.metric import Better, Evidence, Influence, LooksAt, Need, Score
 from eclosion.metrics.uncertainty import with_error
 from eclosion.registry import PartOf, part
 from eclosion.rng import generator
@@ -33,7 +34,8 @@ class InceptionScore:
     one thing score low however good they are, and a copy of the training set scores best.
 
     The images are divided into `splits` parts in a random order; the score is the mean over parts and
-    `inception_score_std` their standard deviation, as torchmetrics gives them.
+    `inception_score_std` their standard deviation, as torchmetrics gives them. If `splits` does not divide the number
+    of images, the last part is smaller, or there are fewer parts, and a note says so.
 
     Source: Salimans et al. 2016, https://arxiv.org/abs/1606.03498.
     """
@@ -45,13 +47,15 @@ class InceptionScore:
     # Whether the extractor is asked for its class logits; false takes its features for logits, whatever they are.
     wants_logits: bool = True
 
+    looks_at: ClassVar[LooksAt] = "features"
+
     @property
     def needs(self) -> tuple[Need, ...]:
         """What has to be there besides the images."""
         return ()
 
     @property
-    def better(self) -> Mapping[str, Literal["lower", "higher"]]:
+    def better(self) -> Mapping[str, Better]:
         """Each score, and which way is better."""
         return {"inception_score": "higher", "inception_score_std": "lower"}
 
@@ -59,13 +63,27 @@ class InceptionScore:
         """What a reader must know of these counts.
 
         Raises:
-            ConfigError: if a split would hold fewer than two images.
+            ConfigError: if a part would hold fewer than two images.
         """
         enough(f"inception_score with splits={self.splits}", {"made": made}, 2 * self.splits)
+        size = math.ceil(made / self.splits)
+        parts = math.ceil(made / size)
+        last = made - (parts - 1) * size
+        if last == 1:
+            raise ConfigError(
+                f"inception_score: {made} images with splits={self.splits} are parts of {size} and a last one of 1, "
+                f"which scores 1 whatever it shows. Use {made - 1} images, or a multiple of {self.splits}."
+            )
+        if last < size:
+            yield (
+                f"inception_score: {made} images with splits={self.splits} are {parts} parts: {parts - 1} of {size} "
+                f"images, and one of {last}, which counts as much. For {self.splits} equal ones use "
+                f"{made - made % self.splits} images."
+            )
         if made < SETTLED * self.splits:
             yield (
-                f"inception_score: {made} images in {self.splits} splits are {made // self.splits} each, and the score "
-                f"grows with their number. Compare it only at the same n and splits; papers take 50 000 in 10."
+                f"inception_score: there are {size} images in a part, and the score grows with their number. Compare "
+                "it only at the same n and splits; papers take 50 000 in 10."
             )
 
     def scores(self, evidence: Evidence) -> dict[str, Score]:

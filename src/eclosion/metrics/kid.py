@@ -7,7 +7,7 @@ n, m       images that are scored, images of the reference
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eclosion.errors import ConfigError
 from eclosion.metrics.features import enough, rows
-from eclosion.metrics.metric import Evidence, Influence, Need, Score
+from eclosion.metrics.metric import Better, Evidence, Influence, LooksAt, Need, Score
 from eclosion.metrics.uncertainty import with_error
 from eclosion.registry import PartOf, part
 from eclosion.rng import generator
@@ -55,13 +55,15 @@ class KernelDistance:
     # Constant of the kernel.
     coef: Annotated[float, Field(gt=0)] = 1.0
 
+    looks_at: ClassVar[LooksAt] = "features"
+
     @property
     def needs(self) -> tuple[Need, ...]:
         """What has to be there besides the images."""
         return ("reference",)
 
     @property
-    def better(self) -> Mapping[str, Literal["lower", "higher"]]:
+    def better(self) -> Mapping[str, Better]:
         """Each score, and which way is better."""
         return {"kid": "lower"} if self.subsets is None else {"kid": "lower", "kid_std": "lower"}
 

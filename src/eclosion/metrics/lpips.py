@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from eclosion.metrics.features import enough, rows
-from eclosion.metrics.metric import Evidence, Need, Score
+from eclosion.metrics.metric import Better, Evidence, LooksAt, Need, Score
 from eclosion.metrics.uncertainty import of_mean
 from eclosion.registry import part
 
@@ -34,13 +34,15 @@ class PerceptualDistance:
     # It has a network of its own, which looks at two images at once.
     extractor: ClassVar[None] = None
 
+    looks_at: ClassVar[LooksAt] = "features"
+
     @property
     def needs(self) -> tuple[Need, ...]:
         """What has to be there besides the images."""
         return ("originals",)
 
     @property
-    def better(self) -> Mapping[str, Literal["lower", "higher"]]:
+    def better(self) -> Mapping[str, Better]:
         """Each score, and which way is better."""
         return {"lpips": "lower"}
 

@@ -3,15 +3,15 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from eclosion.metrics.features import enough, nearest, rows
-from eclosion.metrics.metric import Evidence, Moments, Need, Reference, Score, Unscorable
-from eclosion.metrics.uncertainty import of_share, with_error
+from eclosion.metrics.metric import Better, Evidence, LooksAt, Moments, Need, Reference, Score, Unscorable
+from eclosion.metrics.uncertainty import of_share_below, with_error
 from eclosion.registry import PartOf, part
 
 __all__ = ["Memorisation", "Pair"]
@@ -46,6 +46,9 @@ class Memorisation:
     `memorised` is the share of images that are as near to a training image as the nearest `quantile` of the held-out
     ones: what is drawn afresh scores `quantile`, copies score 1. `nearer_than_held_out` is the chance that an image is
     nearer to the training set than a held-out image is: 1/2 for fresh draws, 1 for copies, less for images unlike any.
+    Neither says how good images are: noise is far from all, and scores 0 in both.
+
+    Error and interval of `memorised` count that the held-out images, which say how near is too near, were drawn, too.
 
     The reference has to be held out: images of the same kind that were not trained on. Those of it that are copies of
     training images all the same are left out, and a note says how many.
@@ -58,15 +61,17 @@ class Memorisation:
     # Share of the held-out images that lies too near to the training images by chance.
     quantile: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
 
+    looks_at: ClassVar[LooksAt] = "features"
+
     @property
     def needs(self) -> tuple[Need, ...]:
         """What has to be there besides the images."""
         return ("reference", "train")
 
     @property
-    def better(self) -> Mapping[str, Literal["lower", "higher"]]:
+    def better(self) -> Mapping[str, Better]:
         """Each score, and which way is better."""
-        return {"memorised": "lower", "nearer_than_held_out": "lower"}
+        return {"memorised": "lower", "nearer_than_held_out": "near 0.5"}
 
     def problems(self, *, made: int, reference: int, dim: int) -> Iterator[str]:
         """What a reader must know of these counts.
@@ -92,7 +97,7 @@ class Memorisation:
         """
         found = self._look(evidence)
         scores = {
-            "memorised": of_share(int((found.made <= found.threshold).sum()), len(found.made)),
+            "memorised": of_share_below(found.made, found.held_out, self._place(len(found.held_out))),
             "nearer_than_held_out": _chance_of_less(found.made, found.held_out),
         }
         return {name: replace(score, notes=found.notes) for name, score in scores.items()}

@@ -2,18 +2,33 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from eclosion.errors import DataError
 
-__all__ = ["Evidence", "Influence", "Metric", "Moments", "Reference", "Score", "Unscorable"]
+__all__ = [
+    "Better",
+    "Evidence",
+    "Influence",
+    "LooksAt",
+    "Metric",
+    "Moments",
+    "Reference",
+    "Score",
+    "Unscorable",
+    "num_looked_at",
+]
 
 # What an evaluation can put beside the images: a reference set, the images that were trained on, and, image by image,
 # the original, the caption or the embedding that each was made from.
 Need = Literal["reference", "train", "originals", "captions", "conditions"]
+# Which way a score is better; "near 0.5" is for the chance that one image is before another, where 1/2 is fair.
+Better = Literal["lower", "higher", "near 0.5"]
+# What a metric looks at of a reference: the sums over all of its images, or the features of those that were kept.
+LooksAt = Literal["moments", "features"]
 
 
 class Unscorable(DataError):
@@ -50,6 +65,7 @@ class Score:
         interval: the 95 % interval; None if there is none.
         influence: of each image on it; None if that is not known.
         notes: what a reader must know of it that only the images tell, one line each.
+        counts: images that it is a score of, and images that these were compared with; None if those are all there are.
     """
 
     value: float
@@ -57,6 +73,7 @@ class Score:
     interval: tuple[float, float] | None = None
     influence: Influence | None = field(default=None, compare=False, repr=False)
     notes: tuple[str, ...] = ()
+    counts: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -136,9 +153,11 @@ class Metric(Protocol):
 
     Attributes:
         extractor: the encoder whose features it looks at; None takes the evaluation's.
+        looks_at: what it looks at of a reference, if it compares with one.
     """
 
     extractor: Any
+    looks_at: ClassVar[LooksAt]
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -146,7 +165,7 @@ class Metric(Protocol):
         ...
 
     @property
-    def better(self) -> Mapping[str, Literal["lower", "higher"]]:
+    def better(self) -> Mapping[str, Better]:
         """Each score by its name, and which way is better."""
         ...
 
@@ -155,7 +174,7 @@ class Metric(Protocol):
 
         Args:
             made: images that are scored.
-            reference: images that they are compared with.
+            reference: images that they are compared with: as many as `num_looked_at` says.
             dim: numbers in a feature.
 
         Raises:
@@ -172,3 +191,8 @@ class Metric(Protocol):
             DataError: if something that it looks at is not finite.
         """
         ...
+
+
+def num_looked_at(reference: Reference, metric: Metric) -> int:
+    """How many images of a reference a metric looks at."""
+    return reference.moments.count if metric.looks_at == "moments" else len(reference.features)

@@ -1,13 +1,13 @@
 """How many images look real, and how much of what is real they show.
 
 k          neighbours; the ball of an image reaches to the k-th nearest of its own set
-N          images that are scored, and as many of the reference
+N          images that are scored, M of the reference: as many
 """
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eclosion.errors import ConfigError
 from eclosion.metrics.features import BLOCK, chosen, distances, enough, rows
-from eclosion.metrics.metric import Evidence, Need, Score
+from eclosion.metrics.metric import Better, Evidence, LooksAt, Need, Score
 from eclosion.metrics.uncertainty import of_share, with_error
 from eclosion.registry import PartOf, part
 from eclosion.rng import generator
@@ -36,8 +36,9 @@ class PrecisionRecall:
     density counts those balls. A real image is recalled if it lies in the ball of a made one, and covered if a made one
     lies in its own. Density and coverage give less to outliers, whose balls are wide.
 
-    All four depend on the number of images: of a larger reference, as many are drawn with the seed as there are images
-    to score. Standard errors are a jackknife's, over tenths of either set; they rather overstate.
+    All four depend on both numbers of images, so these are made equal: of the larger set, as many are drawn with the
+    seed as the other one has, and a note says so where images to score are left out. Standard errors are a jackknife's,
+    over tenths of either set; they rather overstate.
 
     Source: Kynkäänniemi et al. 2019, https://arxiv.org/abs/1904.06991; Naeem et al. 2020,
     https://arxiv.org/abs/2002.09797.
@@ -48,13 +49,15 @@ class PrecisionRecall:
     # The neighbour that an image's ball reaches to; papers take 3 for precision and recall, 5 for density and coverage.
     neighbours: Annotated[int, Field(ge=1)] = 5
 
+    looks_at: ClassVar[LooksAt] = "features"
+
     @property
     def needs(self) -> tuple[Need, ...]:
         """What has to be there besides the images."""
         return ("reference",)
 
     @property
-    def better(self) -> Mapping[str, Literal["lower", "higher"]]:
+    def better(self) -> Mapping[str, Better]:
         """Each score, and which way is better."""
         return {"precision": "higher", "recall": "higher", "density": "higher", "coverage": "higher"}
 
@@ -78,6 +81,11 @@ class PrecisionRecall:
                 f"precision_recall: {min(made, reference)} images are far from each other, so each one's ball is wide: "
                 "compare these scores only at the same n, and with the real images' own."
             )
+        if made > reference:
+            yield (
+                f"precision_recall: the reference has {reference} images, and the scores want two sets of one size: "
+                f"{reference} of the {made} images are looked at. Compare with more images to look at all."
+            )
 
     def scores(self, evidence: Evidence) -> dict[str, Score]:
         """The scores by name.
@@ -90,15 +98,23 @@ class PrecisionRecall:
         made = rows("precision_recall", "made", evidence.made)
         kept = rows("precision_recall", "reference", evidence.reference.features)
         list(self.problems(made=len(made), reference=len(kept), dim=made.shape[1]))  # of those that were kept
-        order = torch.from_numpy(generator(evidence.seed, "precision_recall").permutation(len(kept)))
-        found = _compare(made, chosen(kept, len(made), order), self.neighbours)
+        count = min(len(made), len(kept))
+        found = _compare(
+            chosen(made, count, _order(len(made), evidence.seed, "made")),
+            chosen(kept, count, _order(len(kept), evidence.seed)),
+            self.neighbours,
+        )
         values = found.values()
         spread = [
             _jackknife([found.values(**{side: p}) for p in range(PARTS)]) for side in ("made_without", "real_without")
         ]
         errors = {name: math.hypot(*(one[name] for one in spread)) for name in values}
-        counts = {"precision": len(found.made_part), "recall": len(found.real_part), "coverage": len(found.real_part)}
-        return {name: _bounded(with_error(values[name], errors[name]), counts.get(name)) for name in values}
+        bounded = {name: _bounded(with_error(values[name], errors[name]), name, count) for name in values}
+        return {name: replace(score, counts=(count, count)) for name, score in bounded.items()}
+
+
+def _order(count: int, seed: int, *what: str) -> Tensor:
+    return torch.from_numpy(generator(seed, "precision_recall", *what).permutation(count))
 
 
 @dataclass(frozen=True)
@@ -195,15 +211,15 @@ def _jackknife(without: list[dict[str, float]]) -> dict[str, float]:
     return errors
 
 
-def _bounded(score: Score, count: int | None) -> Score:
+def _bounded(score: Score, name: str, count: int) -> Score:
     """Its interval within what the score can be.
 
-    That of a share of `count` images is at least as wide as drawing them makes it: where all are hit, no part that is
-    left out changes the share.
+    All but density are shares of `count` images. The interval of a share is at least as wide as drawing them makes it:
+    where all are hit, no part that is left out changes the share.
     """
     assert score.interval is not None
     low, high = score.interval
-    if count is None:
+    if name == "density":
         return Score(score.value, score.error, (max(0.0, low), high))
     drawn = of_share(round(score.value * count), count).interval
     assert drawn is not None
