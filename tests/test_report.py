@@ -495,7 +495,7 @@ def result(step: int, value: float, split: str = "val") -> dict[str, object]:
         "better": "lower",
         "n": 1000,
         "n_reference": 300,
-        "floor": {"value": 0.002, "n": 150},
+        "floor": {"value": 0.002, "error": 0.001, "n": 150},
         "extractor": {"name": "efficientnet_lite0"},
         "made": {"what": "run", "step": step},
         "against": {"split": split},
@@ -526,7 +526,7 @@ def figures(run: RunDir) -> dict[str, str]:
 def test_a_score_is_drawn_with_its_interval_and_with_what_real_images_score(scored: RunDir) -> None:
     drawn = figures(scored)["KID, efficientnet_lite0"]
     assert "1,000 images against 300 of val." in drawn
-    assert "real images against real images, 0.002 (n = 150)." in drawn
+    assert "real images against real images, 0.002 ± 0.001 (n = 150)." in html.unescape(drawn)
     assert "Lower is better. Shaded: 95 % interval." in drawn
     assert "0.05 (0.04 to 0.06)" in html.unescape(drawn)
     assert drawn.count('class="floor"') == 1

@@ -44,6 +44,10 @@ def test_points_that_were_measured_in_the_same_way_are_all_drawn():
         ({"against": {"split": "val", "fingerprint": "other"}}, "reference"),
         ({"made": row(1, 0.5)["made"] | {"sampler": {"name": "euler"}}}, "sampler"),
         ({"made": row(1, 0.5)["made"] | {"guidance_scale": 3.0}}, "guidance"),
+        ({"made": row(1, 0.5)["made"] | {"precision": "bf16"}}, "precision"),
+        ({"made": row(1, 0.5)["made"] | {"size": [8, 8]}}, "size"),
+        ({"made": row(1, 0.5)["made"] | {"networks": ["unet_0"]}}, "networks"),
+        ({"train": {"fingerprint": "other"}}, "training images"),
     ],
 )
 def test_points_that_do_not_compare_with_the_newest_are_left_out_and_that_is_said(changes, which):

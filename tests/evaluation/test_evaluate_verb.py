@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
@@ -14,8 +15,9 @@ from diffusers import DDIMPipeline
 from PIL import Image
 from torch import nn
 
-from eclosion import evaluate, export, sample, shard, train
+from eclosion import evaluate, export, sample, shard, stats, train
 from eclosion.config.load import load
+from eclosion.data.folder import FolderSource
 from eclosion.errors import ConfigError, DataError, EnvironmentProblem, UserError
 from eclosion.evaluation import evaluating
 from eclosion.evaluation.images import Seen
@@ -25,10 +27,13 @@ from eclosion.models.image_encoder import ImageEncoder, Preprocess
 from eclosion.registry import ENCODERS, build, part
 from eclosion.rng import integer_seed
 from eclosion.sampling import save_png
+from eclosion.sampling.examples import from_samples
+from eclosion.sampling.pictures import to_uint8
 from eclosion.tasks.unconditional import UnconditionalTask
 
 DIM = 6
 SOURCE = "butterflies,size=12,resolution=16"
+OTHERS = "butterflies,size=12,resolution=16,seed=1"
 
 
 class Tiny(nn.Module):
@@ -267,11 +272,16 @@ def test_a_folder_of_another_size_is_brought_to_that_of_the_images(run, tmp_path
         ({"what": "butterfles"}, r"Did you mean 'butterflies'"),
         ({"what": 3}, r"what is a int, and must be a run folder"),
         ({"what": build("sources", "butterflies").open()}, r"what is a Butterflies, and must be a run folder"),
-        ({"what": SOURCE, "against": SOURCE, "num_images": 1}, r"kid"),
-        ({"what": SOURCE, "num_images": 13, "against": SOURCE}, r"holds 12 images, and num_images asks for 13"),
+        ({"what": SOURCE, "against": OTHERS, "num_images": 1}, r"kid"),
+        ({"what": SOURCE, "num_images": 13, "against": SOURCE}, r"holds 12 images, and 13 are asked for"),
         ({"what": SOURCE}, r"kid needs images to compare with"),
         ({"what": SOURCE, "against": "nowhere"}, r"against: there is no nowhere"),
-        ({"what": SOURCE, "against": SOURCE, "num_images": 0}, r"num_images is 0"),
+        ({"what": SOURCE, "against": SOURCE, "num_images": 0}, r"num_images \(--n\) is 0, and must be at least 1"),
+        ({"what": SOURCE, "against": OTHERS, "image_size": 0}, r"image_size is 0, and must be at least 1"),
+        ({"what": SOURCE, "against": OTHERS, "image_size": (8, 0)}, r"image_size is \(8, 0\), and must be at least 1"),
+        ({"what": SOURCE, "against": OTHERS, "seed": -1}, r"seed is -1, and must be at least 0"),
+        ({"what": SOURCE, "against": OTHERS, "num_inference_steps": [2, -3]}, r"num_inference_steps \(--steps\) is"),
+        ({"what": SOURCE, "against": OTHERS, "split": "val"}, r"split is 'val', and the data has no such part"),
         ({"what": SOURCE, "against": SOURCE, "metrics": "degree=2"}, r"begins with the option degree=2"),
         ({"what": SOURCE, "against": SOURCE, "extractor": "fake,fake"}, r"must be one encoder"),
         ({"what": SOURCE, "against": SOURCE, "split": "test"}, r"split is 'test', and the data has no such part"),
@@ -289,6 +299,92 @@ def test_a_run_without_held_out_images_cannot_say_what_it_memorised(run, folder)
     found = evaluate(run, metrics="memorisation", against=SOURCE, **FEW)
     assert (run / "evaluations" / "step-00000012" / "memorised.png").exists()
     assert {row.score for row in found.results} >= {"memorised"}
+
+
+# --- the two sides ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_made_to_compare_with_starts_from_other_noise(run):
+    """Sets that share their noise are nearer than any two draws: a wrong number, with an interval that excludes 0."""
+    with ExitStack() as stack:
+        opener = Opener(stack, Asked(num_images=3, num_inference_steps=2, device="cpu"))
+        made = opener.scored(run, None)
+        others = opener.against(run, made)
+        assert not torch.equal(made.images.read([1]).pixels, others.read([1]).pixels)
+        again = Opener(stack, Asked(num_images=3, num_inference_steps=2, device="cpu")).against(run, made)
+        assert torch.equal(again.read([1]).pixels, others.read([1]).pixels)
+    row = evaluate(run, against=run, **FEW).results[0]
+    assert row.made["seed"] == 0
+    assert row.against["seed"] == integer_seed(0, "evaluate", "against") % 2**32
+
+
+def test_how_images_are_made_goes_to_both_sides_and_the_checkpoint_to_what_is_scored(run):
+    row = evaluate(run, against=run, checkpoint=9, sampler="euler", **FEW).results[0]
+    assert (row.made["step"], row.against["step"]) == (9, 12)
+    assert row.made["sampler"] == row.against["sampler"]
+    assert row.against["sampler"]["num_inference_steps"] == 2
+    assert row.n == row.n_reference == 10
+
+
+def test_images_are_not_compared_with_themselves(folder, tmp_path):
+    file = stats(FolderSource(root=folder), tmp_path / "s.safetensors", extractor="fake")
+    for what, against in [(folder, folder), (SOURCE, SOURCE), (folder, file)]:
+        with pytest.raises(ConfigError, match="is compared with itself, which says nothing of it"):
+            evaluate(what, against=against, extractor="fake")
+    with pytest.raises(ConfigError, match="is compared with itself"):
+        evaluate(folder, against=folder, num_images=5, extractor="fake")
+
+
+UNUSED = {
+    "sampler": "ddpm",
+    "num_inference_steps": 7,
+    "guidance_scale": 3.0,
+    "checkpoint": "best",
+    "split": "test",
+    "conditions": SOURCE,
+    "train": OTHERS,
+}
+
+
+def test_options_that_nothing_uses_are_all_named(folder, command, tmp_path):
+    real = shutil.copytree(folder, tmp_path / "real")
+    with pytest.raises(ConfigError) as error:
+        evaluate(folder, against=real, extractor="fake", **UNUSED)
+    assert len(error.value.problems) == len(UNUSED)
+    for name, problem in zip(UNUSED, error.value.problems, strict=True):
+        assert problem.startswith((f"{name} is ", f"{name} (--steps) is 7"))
+        assert "what is a folder of images, against is a folder of images, scored by kid. Leave it out." in problem
+    told = command("evaluate", folder, "--against", real, "--extractor", "fake", "--steps", "7", "--checkpoint", "best")
+    assert told.code == 2
+    assert [line.split(" is ")[0] for line in told.err.splitlines()] == [
+        "error: num_inference_steps (--steps)",
+        "error: checkpoint",
+    ]
+    with pytest.raises(ConfigError, match="sampler is 'ddpm', and nothing uses it: what is data"):
+        evaluate(SOURCE, against=OTHERS, sampler="ddpm", extractor="fake")
+
+
+def test_an_option_may_be_of_the_other_side_alone(folder, run):
+    options = {"sampler": "euler", "num_inference_steps": 2, "num_images": 6}
+    row = evaluate(folder, against=run, extractor="fake", **options).results[0]
+    assert row.against["sampler"]["name"] == "euler"
+    assert row.n_reference == 6
+    with pytest.raises(ConfigError, match=r"checkpoint is 9, and nothing uses it.*name its folder as against"):
+        evaluate(folder, against=run, checkpoint=9, extractor="fake", **options)
+
+
+def test_what_no_metric_compares_with_is_not_ignored(decoder, tmp_path):
+    run = shutil.copytree(decoder, tmp_path / "run")
+    with pytest.raises(ConfigError, match="against is 'nothere', and nothing uses it: what is a run, scored by cosine"):
+        evaluate(run, against="nothere", metrics="cosine", extractor="fake")
+
+
+def test_a_choice_among_data_follows_from_the_seed():
+    chosen = [
+        evaluate(SOURCE, against=OTHERS, num_images=6, seed=seed, extractor="fake").results[0].made["fingerprint"]
+        for seed in (1, 1, 2)
+    ]
+    assert chosen[0] == chosen[1] != chosen[2]
 
 
 # --- pipelines -------------------------------------------------------------------------------------------------------
@@ -330,12 +426,13 @@ class Drawing:
 
     scheduler = SimpleNamespace(config={"steps": 1})
     unet = SimpleNamespace(config=SimpleNamespace(sample_size=16))
+    dtype = torch.float16
     components: ClassVar[dict[str, object]] = {}
 
     def set_progress_bar_config(self, disable):
         pass
 
-    def __call__(self, prompt, generator=None, num_inference_steps=7, output_type="pil"):
+    def __call__(self, prompt, generator=None, num_inference_steps=7, guidance_scale=7.5, output_type="pil"):
         levels = np.array([len(caption) for caption in prompt], np.float32)[:, None, None, None] / 255
         noise = np.stack([torch.rand((16, 16, 3), generator=one).numpy() for one in generator])
         return SimpleNamespace(images=levels + noise / 2)
@@ -351,8 +448,26 @@ def test_a_pipeline_that_follows_captions_gets_those_of_the_data(tmp_path):
     assert images.facts["sampler"]["num_inference_steps"] == 7
     assert torch.equal(images.read([4]).pixels[0], seen.pixels[1])
     assert not torch.equal(seen.pixels[0], seen.pixels[1])
-    with pytest.raises(ConfigError, match="Drawing takes no guidance_scale"):
-        PipelineImages(tmp_path, Drawing(), count=5, seed=0, options={"guidance_scale": 2}, **with_captions)
+    with pytest.raises(ConfigError, match="Drawing takes no eta"):
+        PipelineImages(tmp_path, Drawing(), count=5, seed=0, options={"eta": 2}, **with_captions)
+
+
+def test_a_row_says_what_a_pipeline_does_of_its_own_accord(tmp_path):
+    data = load({"output": "x", "data": {"source": {"name": "butterflies", "size": 3}, "image_size": 8}}).run.data
+    samples = data.source.open()
+    with_captions = {"followed": lambda: FollowedData(samples, data, 0, "butterflies")}
+    images, others = (
+        PipelineImages(tmp_path, Drawing(), count=5, seed=0, options=options, **with_captions)
+        for options in ({}, {"guidance_scale": 2.0})
+    )
+    assert (images.facts["guidance_scale"], others.facts["guidance_scale"]) == (7.5, 2.0)
+    assert images.facts["precision"] == "fp16"
+    assert images.facts["conditions"] == "butterflies"
+    assert images.brings == {"captions", "originals"}
+    # the pictures that belong to the captions, in the size of what is made
+    seen, wanted = images.read([1]), from_samples(samples, replace(data, image_size=16), None, seed=0)
+    place = wanted["caption"].index(seen.captions[0])
+    assert np.array_equal(seen.originals.permute(0, 2, 3, 1), to_uint8(wanted["image"][[place]]))
 
 
 def test_a_folder_that_only_says_it_is_a_pipeline_is_named(tmp_path):
@@ -426,8 +541,41 @@ def test_a_decoder_and_its_pipeline_make_the_same_images(decoder, tmp_path):
     assert torch.equal(run.pixels, pipeline.pixels)
     assert torch.equal(run.originals, pipeline.originals)
     assert torch.equal(run.conditions, pipeline.conditions)
-    with pytest.raises(ConfigError, match="the pipeline follows embeddings or captions"):
+    with pytest.raises(ConfigError, match=r"the pipeline follows embeddings or captions\. Give conditions"):
         evaluate(folder, **FEW)
+
+
+def test_a_pipeline_that_follows_data_can_be_compared_with_a_folder_and_with_statistics(decoder, folder, tmp_path):
+    pipeline = export(decoder, tmp_path / "pipeline")
+    file = stats(FolderSource(root=folder), tmp_path / "s.safetensors", extractor="fake")
+    options = FEW | {"num_images": 4, "metrics": "fid", "conditions": decoder}
+    rows = [evaluate(pipeline, against=against, **options).results[0] for against in (folder, file)]
+    assert rows[0].value == pytest.approx(rows[1].value, rel=1e-6)
+    assert rows[0].made["conditions"].startswith("the val data of ")
+    for wrong, message in {folder: "a folder of images", file: "a file of statistics"}.items():
+        with pytest.raises(ConfigError, match=f"conditions is {message}, and must be a run, a config or a source"):
+            evaluate(pipeline, against=folder, **options | {"conditions": wrong})
+
+
+def test_a_pipeline_that_others_are_compared_with_follows_what_they_follow(decoder, folder, command, tmp_path):
+    run, pipeline = shutil.copytree(decoder, tmp_path / "run"), export(decoder, tmp_path / "pipeline")
+    row = evaluate(run, against=pipeline, **FEW | {"num_images": 4}).results[0]
+    assert row.against["what"] == "pipeline"
+    assert row.against["conditions"].startswith("the val data of ")
+    with pytest.raises(ConfigError, match=r"the pipeline follows embeddings or captions\. Give conditions"):
+        evaluate(folder, against=pipeline, **FEW)
+    options = ["--n", 10, "--steps", 2, "--extractor", "fake", "--conditions", decoder, "--json"]
+    row = json.loads(command("evaluate", folder, "--against", pipeline, *options).out)["results"][0]
+    assert row["n_reference"] == 10
+    assert row["against"]["conditions"].startswith("the val data of ")
+
+
+def test_a_run_can_make_its_images_from_other_data_and_its_row_says_so(decoder, tmp_path):
+    run, other = (shutil.copytree(decoder, tmp_path / name) for name in ("run", "other"))
+    before = (run / "metrics.jsonl").read_text()
+    found = evaluate(run, metrics="kid", extractor="fake", conditions=other, split="train")
+    assert found.results[0].made["conditions"].startswith("the train data of ")
+    assert (run / "metrics.jsonl").read_text() == before
 
 
 class Constant:

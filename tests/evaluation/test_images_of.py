@@ -88,7 +88,7 @@ def test_some_images_of_a_folder_are_a_choice_that_follows_from_the_seed(folder)
     chosen = [FolderImages(folder, count=3, seed=seed).read(range(3)).names for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]
     assert chosen[0] == sorted(chosen[0])
-    with pytest.raises(DataError, match="holds 7 images, and num_images asks for 8"):
+    with pytest.raises(DataError, match="holds 7 images, and 8 are asked for"):
         FolderImages(folder, count=8)
 
 

@@ -259,7 +259,7 @@ def test_a_run_refuses_before_its_first_step_what_would_share_a_key_or_be_compar
 
 def test_a_run_is_told_of_as_few_real_images_as_a_metric_will_look_at(fakes, monkeypatch):
     monkeypatch.setattr(plan, "LIMIT", 2)
-    part, follows_nothing = Part("val", Followed({})), SimpleNamespace(wants=())
+    part, follows_nothing = Part("val", Followed({})), SimpleNamespace(wants=(), conditions=lambda indices: {})
     notes = check_needs(run_with(["kid", "fid"]), part, follows_nothing)
     assert [note[:13] for note in notes] == ["kid: 2 images", "fid: 3 images"]
 

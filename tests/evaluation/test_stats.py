@@ -104,7 +104,7 @@ def test_what_cannot_be_is_said_before_anything_is_looked_at(folder, tmp_path):
     assert refused(SOURCE).startswith("image_size is not given")
     assert "no such part" in refused(SOURCE, split="test")
     assert refused(SOURCE, image_size=16, extractor="efficientnet_lite1").startswith("'efficientnet_lite1' is not one")
-    assert "holds 12 images, and num_images asks for 13" in refused(SOURCE, DataError, num_images=13, image_size=16)
+    assert "holds 12 images, and 13 are asked for" in refused(SOURCE, DataError, num_images=13, image_size=16)
     for path in sorted(folder.iterdir())[1:]:
         path.unlink()
     assert "there is 1 image" in refused(FolderSource(root=folder), DataError)

@@ -81,11 +81,11 @@ def test_of_covariances_that_commute_it_has_a_closed_form():
     assert frechet_distance(Moments.of(made), Moments.of(real)) == pytest.approx(4 + 4 + (4 + 1) * 4 / 3, rel=1e-12)
 
 
-@pytest.mark.parametrize("count", [500, 20])
+@pytest.mark.parametrize("count", [500, 300, 60, 20])
 def test_a_set_is_at_no_distance_from_itself(count):
     rows = features(count, 40, 1)
     trace = float(Moments.of(rows).covariance.trace())
-    assert abs(score(rows, rows).value) < 1e-6 * trace
+    assert 0 <= score(rows, rows).value < 1e-6 * trace  # nor at less, by rounding
 
 
 def test_images_that_are_all_the_same_are_scored():

@@ -547,7 +547,7 @@ def evaluate(
         ),
     ] = None,
     checkpoint: Annotated[
-        str, typer.Option(metavar="latest|best|STEP", help="Which checkpoint of the run.")
+        str, typer.Option(metavar="latest|best|STEP", help="Which checkpoint of the run WHAT.")
     ] = "latest",
     split: Annotated[
         Literal["train", "val", "test"] | None,
@@ -555,6 +555,13 @@ def evaluate(
     ] = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Height and width that images of folders and data are brought to.")
+    ] = None,
+    conditions: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA|RUN",
+            help="What images are made from that follow captions or embeddings; else the run's own data, or --against.",
+        ),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images made at once; the run's own, or 16, if not given.")
@@ -589,6 +596,7 @@ def evaluate(
             checkpoint=checkpoint,
             split=split,
             image_size=image_size,
+            conditions=shards_or_text(conditions),
             batch_size=batch_size,
             out=out,
             device=own_device,

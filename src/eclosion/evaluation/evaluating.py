@@ -17,12 +17,14 @@ from eclosion.diffusion.samplers import OnStep
 from eclosion.errors import ConfigError, DataError
 from eclosion.evaluation.collecting import led
 from eclosion.evaluation.images import ALONE, Images, Workers
+from eclosion.evaluation.kinds import Pipeline, Run, kind_of, known
 from eclosion.evaluation.looking import part_named
 from eclosion.evaluation.measuring import Measured, measure
-from eclosion.evaluation.opening import Asked, Opened, Opener
+from eclosion.evaluation.opening import Asked, Opened, Opener, told_option
 from eclosion.evaluation.pairs import memorised_sheet
 from eclosion.evaluation.results import Result, append_results, check_results
 from eclosion.evaluation.rows import OnImage
+from eclosion.evaluation.statistics import read_statistics
 from eclosion.models.image_encoder import ImageEncoder
 from eclosion.registry import dump
 from eclosion.rundir import RunDir
@@ -69,6 +71,7 @@ def evaluate(
     checkpoint: str | int = "latest",
     split: Split | None = None,
     image_size: int | tuple[int, int] | None = None,
+    conditions: Any = None,
     batch_size: int | None = None,
     device: str = "auto",
     out: str | Path | None = None,
@@ -91,19 +94,22 @@ def evaluate(
         train: the images that were trained on, for memorisation; None takes the run's own.
         metrics: names, mappings of a name and options, or one text such as "kid,fid" or "kid,subsets=100,fid". None
             takes those of the run's config, and otherwise kid.
-        num_images: how many; None makes as many as the run's config says, or 1000, and takes all of images that are
-            there already.
+        num_images: how many are scored, and how many a run or a pipeline makes to compare with; None makes as many as
+            the run's config says, or 1000, and takes all of images that are there already.
         extractor: the encoder of all metrics that name none: a name, a text such as "inception,features=768", a
             mapping, a part, or what that builds. None takes the run's, and otherwise efficientnet_lite0.
         seed: image i depends on this, on i, and on what it is made from; choices of images and random metrics on this.
-            None takes the run's own, or 0.
-        sampler: name of a sampler; None takes the run's own.
-        num_inference_steps: network calls per image, for all networks or one number for each.
-        guidance_scale: how strongly images follow their condition, for all networks or one number for each.
-        checkpoint: of a run folder: "latest", "best" or a step.
+            What is made to compare with has a seed that follows from it. None takes the run's own, or 0.
+        sampler: name of a sampler for all that is made, on both sides; None takes the run's own.
+        num_inference_steps: network calls per image, for all networks or one number for each; on both sides.
+        guidance_scale: how strongly images follow their condition, for all networks or one number for each; on both
+            sides.
+        checkpoint: of a run folder as `what`: "latest", "best" or a step. To compare with a checkpoint name its folder.
         split: the part of the data that images are compared with, and whose conditions they follow; None takes what
             the config says, and otherwise "val".
         image_size: height and width that images of folders and data are brought to, as one number or two.
+        conditions: what images are made from that follow embeddings or captions, on both sides: a run, a config or its
+            file, a source or its name. None takes a run's own data, and for a pipeline that of the other side.
         batch_size: images that are made at once; None takes the run's own, or 16.
         device: "auto", "cpu", "cuda" or "mps".
         out: the folder for `results.json` and pictures; None takes the run's, and writes nothing where there is none.
@@ -114,14 +120,11 @@ def evaluate(
         on_step: called before each call of a network.
 
     Raises:
-        ConfigError: if an option is wrong, or a metric lacks what it needs.
+        ConfigError: if an option is wrong, or nothing uses it, or a metric lacks what it needs.
         DataError: if there are too few images, or one cannot be read or is not finite.
         CheckpointError: if the run has no checkpoint.
         EnvironmentProblem: if weights of an extractor are not there, or nothing can be written.
     """
-    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}, and must be at least 1.")
     asked = Asked(
         num_images=num_images,
         seed=seed,
@@ -131,22 +134,27 @@ def evaluate(
         checkpoint=checkpoint,
         split=split,
         image_size=image_size,
+        conditions=conditions,
         device=device,
         on_step=on_step,
     )
+    _check_numbers(asked, batch_size)
     with ExitStack() as stack:
         opener = Opener(stack, asked)
         made = opener.scored(what, against)
-        target = _target(made, out)
         own = made.trained.run.evaluate if made.trained else EvaluateConfig()
         chosen = _metrics(own.metrics if metrics is None else metrics)
+        looks = _extractor(own.extractor if extractor is None else extractor)
         needs = {need for metric in chosen for need in metric.needs}
         if "originals" in needs:
             made = opener.paired(made, against)
         has_floor = against is not None and not all(metric.needs for metric in chosen)
         reference = opener.against(against, made) if "reference" in needs or has_floor else None
         trained_on = opener.train(train, made) if "train" in needs else None
-        looks = _extractor(own.extractor if extractor is None else extractor)
+        _check_used(opener, what, against, train, chosen)
+        if "reference" in needs:
+            _check_others(what, made.images, against, reference)
+        target = _target(made, out)
         _check_alike(made.images, workers)
         measured = measure(
             made.images,
@@ -185,6 +193,74 @@ def evaluate(
         None if target is None else target.pictures,
         written,
     )
+
+
+def _check_numbers(asked: Asked, batch_size: int | None) -> None:
+    """Refuse numbers that are too small.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    least = {"num_images": 1, "batch_size": 1, "seed": 0, "num_inference_steps": 1, "image_size": 1}
+    given = {**vars(asked), "batch_size": batch_size}
+    problems = [
+        f"{told_option(name)} is {given[name]}, and must be at least {lowest}."
+        for name, lowest in least.items()
+        if any(number < lowest for number in _numbers(given[name]))
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _numbers(value: Any) -> Sequence[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _check_used(opener: Opener, what: Any, against: Any, train: Any, metrics: Sequence[Any]) -> None:
+    """Refuse options that nothing looked at, once all is open.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    if not (unused := opener.unused(against=against, train=train)):
+        return
+    sides = [f"what is {kind_of(known(what, 'what'))}"]
+    if against is not None and "against" not in unused:
+        sides.append(f"against is {kind_of(known(against, 'against'))}")
+    names = ", ".join(dict.fromkeys(dump(metric)["name"] for metric in metrics)) or "nothing"
+    told = f"{', '.join(sides)}, scored by {names}"
+    hints = {"checkpoint": " To compare with a checkpoint, name its folder as against."}
+    raise ConfigError(
+        [
+            f"{told_option(name)} is {_shown(value)}, and nothing uses it: {told}. Leave it out.{hints.get(name, '')}"
+            for name, value in unused.items()
+        ]
+    )
+
+
+def _shown(value: Any) -> str:
+    """A value in a message; a config or a source would be too long for one."""
+    if isinstance(value, Path):
+        return str(value)
+    return repr(value) if isinstance(value, str | int | float | list | tuple) else "given"
+
+
+def _check_others(what: Any, made: Images, against: Any, reference: Images | Path | None) -> None:
+    """Refuse to compare images with themselves.
+
+    Raises:
+        ConfigError: if both sides are the same images, or the same ones all and some.
+    """
+    if against is None or reference is None:
+        return
+    fingerprint = read_statistics(reference)[1].images if isinstance(reference, Path) else reference.fingerprint
+    one = known(what, "what")
+    if made.fingerprint == fingerprint or (not isinstance(one, Run | Pipeline) and one == known(against, "against")):
+        raise ConfigError(
+            f"{made.name} is compared with itself, which says nothing of it. Give other images as what or as against."
+        )
 
 
 def _check_alike(images: Images, workers: Workers) -> None:

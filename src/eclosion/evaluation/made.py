@@ -288,6 +288,7 @@ def images_of_run(
     sampler: Any,
     guidance_scale: float | Sequence[float],
     examples: DataExamples | DataClasses | None = None,
+    facts: Mapping[str, Any] | None = None,
     on_step: OnStep | None = None,
 ) -> TaskImages:
     """The images that a trained task makes, as its previews without networks that were never trained.
@@ -305,7 +306,7 @@ def images_of_run(
         precision=trained.precision,
         device=trained.device,
         examples=examples,
-        facts={"what": "run", "step": trained.step, "samples_seen": trained.samples_seen},
+        facts={"what": "run", "step": trained.step, "samples_seen": trained.samples_seen, **(facts or {})},
         on_step=on_step,
         span=trained.span,
     )

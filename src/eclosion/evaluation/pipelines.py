@@ -23,6 +23,7 @@ from eclosion.metrics.metric import Need
 from eclosion.models.libraries import without_bars
 from eclosion.registry import build
 from eclosion.rng import integer_seed
+from eclosion.sampling.pictures import to_uint8
 from eclosion.tasks.task import samplers_for
 
 __all__ = ["FollowedData", "PipelineImages", "images_of_pipeline", "is_pipeline"]
@@ -30,6 +31,8 @@ __all__ = ["FollowedData", "PipelineImages", "images_of_pipeline", "is_pipeline"
 # The file that makes a folder a pipeline.
 INDEX = "model_index.json"
 OURS = "UnclipDecoderPipeline"
+# What rows call the numbers that networks compute with.
+PRECISIONS: dict[Any, str] = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,12 @@ def images_of_pipeline(
     task = pipeline.to(where).task
     for net in task.nets.values():
         net.eval().requires_grad_(False)
-    examples = None
+    examples, facts = None, {"what": "pipeline"}
     if task.wants:
         data = followed()
         config = replace(data.config, image_size=list(task.sizes.values())[-1])
         examples = DataExamples(data.samples, config, task, seed=data.seed, device=where, name=data.name)
+        facts["conditions"] = data.name
     return TaskImages(
         task,
         name=str(folder),
@@ -113,7 +117,7 @@ def images_of_pipeline(
         guidance_scale=pipeline.config.guidance_scale if guidance_scale is None else guidance_scale,
         device=where,
         examples=examples,
-        facts={"what": "pipeline"},
+        facts=facts,
         on_step=on_step,
     )
 
@@ -145,7 +149,7 @@ class PipelineImages:
             count: how many images.
             seed: of their noise.
             options: of each call, such as num_inference_steps.
-            followed: gives the data whose captions it follows, if it takes any.
+            followed: gives the data whose captions it follows, if it takes any; their images are the originals.
 
         Raises:
             ConfigError: if it takes neither a number of images nor captions, or does not know an option.
@@ -163,27 +167,34 @@ class PipelineImages:
         self._pipeline, self._name, self._count, self._seed = pipeline, str(folder), count, seed
         self._options = options
         pipeline.set_progress_bar_config(disable=True)
+        self.size = _size(pipeline)
         self._captions: InOrder | None = None
+        conditions = {}
         if "batch_size" not in known:
             data = followed()
-            self._captions = InOrder(data.samples, data.config, seed=data.seed)
+            self._captions = InOrder(data.samples, replace(data.config, image_size=self.size), seed=data.seed)
             if "captions" not in self._captions.brings:
                 raise ConfigError(f"{folder}: {kind} follows captions, and {data.name} has none.")
-        self.size = _size(pipeline)
-        steps = options.get("num_inference_steps", known["num_inference_steps"].default)
+            conditions = {"conditions": data.name}
+        # of each call: what is asked for, or else what it does of its own accord
+        defaults = {name: known[name].default for name in ("num_inference_steps", "guidance_scale") if name in known}
+        asked = {name: value for name, value in {**defaults, **options}.items() if value is not inspect.Parameter.empty}
+        steps, precision = asked.pop("num_inference_steps", None), PRECISIONS.get(getattr(pipeline, "dtype", None))
         self._facts = {
             "what": "pipeline",
             "name": str(folder),
             "size": list(self.size),
             "seed": seed,
             "sampler": {"name": type(pipeline.scheduler).__name__, "num_inference_steps": steps},
-            **({"guidance_scale": options["guidance_scale"]} if "guidance_scale" in options else {}),
+            **asked,
+            **({"precision": precision} if precision else {}),
+            **conditions,
         }
         nets = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
         given = None if self._captions is None else self._captions.fingerprint
         scheduler = sorted((key, repr(value)) for key, value in pipeline.scheduler.config.items())
         self._fingerprint = digest_of(
-            "pipeline", kind, weights_of(nets), scheduler, self._facts["sampler"], dict(options), seed, count, given
+            "pipeline", kind, weights_of(nets), scheduler, self._facts["sampler"], asked, precision, seed, count, given
         )
 
     @property
@@ -204,7 +215,7 @@ class PipelineImages:
     @property
     def brings(self) -> frozenset[Need]:
         """The captions that it follows, and the originals that belong to them."""
-        return frozenset() if self._captions is None else frozenset({"captions"})
+        return frozenset() if self._captions is None else frozenset({"captions", "originals"})
 
     def __len__(self) -> int:
         return self._count
@@ -216,11 +227,11 @@ class PipelineImages:
         Raises:
             DataError: naming one that is not finite.
         """
-        captions = None
+        captions = originals = None
         asked: dict[str, Any] = {"batch_size": len(indices)}
         if self._captions is not None:
             batch, _ = self._captions.read(self._captions.drawn(indices))
-            captions = list(batch["caption"])
+            captions, originals = list(batch["caption"]), channels_first(to_uint8(batch["image"]))
             asked = {"prompt": captions}
         noise = [torch.Generator().manual_seed(integer_seed(self._seed, "sample", i)) for i in indices]
         made = self._pipeline(generator=noise, output_type="np", **asked, **self._options).images
@@ -231,7 +242,8 @@ class PipelineImages:
                     "other options, or look at the weights."
                 )
         pixels = np.rint(np.asarray(made) * 255).clip(0, 255).astype(np.uint8)
-        return Seen(channels_first(pixels), [f"image {i} of {self._name}" for i in indices], captions=captions)
+        names = [f"image {i} of {self._name}" for i in indices]
+        return Seen(channels_first(pixels), names, originals=originals, captions=captions)
 
 
 def _loaded(folder: Path) -> Any:
@@ -256,9 +268,18 @@ def _loaded(folder: Path) -> Any:
 
 
 def _size(pipeline: Any) -> tuple[int, int]:
-    """Height and width of the images, in pixels."""
+    """Height and width of the images, in pixels.
+
+    Raises:
+        ConfigError: if nothing says that.
+    """
     net = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-    size = net.config.sample_size if net is not None else 0
+    size = getattr(getattr(net, "config", None), "sample_size", None)
+    if not size:
+        raise ConfigError(
+            f"{type(pipeline).__name__} does not say how large its images are. Make them yourself, and score their "
+            "folder."
+        )
     scale = int(getattr(pipeline, "vae_scale_factor", 1) or 1)
     height, width = (size, size) if isinstance(size, int) else size
     return height * scale, width * scale

@@ -112,7 +112,8 @@ class FolderImages:
                 (height, width), (h, w) = self.size, picture.shape[:2]
                 raise DataError(
                     f"{self.root / self._names[i]}: is {w}x{h} pixels (width x height), and {self._names[0]} is "
-                    f"{width}x{height}. Images that are scored have one size; give image_size to resize them."
+                    f"{width}x{height}. Images that are scored have one size; give image_size, or --image-size, to "
+                    "resize them."
                 )
         names = [str(self.root / self._names[i]) for i in indices]
         return Seen(channels_first(np.stack(pictures)), names)
@@ -354,9 +355,7 @@ def _chosen(available: int, count: int | None, seed: int, *, what: str) -> Seque
     if count is None or count == available:
         return range(available)
     if count > available:
-        raise DataError(
-            f"{what}: holds {available} images, and num_images asks for {count}. Ask for fewer, or give more."
-        )
+        raise DataError(f"{what}: holds {available} images, and {count} are asked for. Ask for fewer, or give more.")
     return sorted(generator(seed, "evaluate", "choice").permutation(available)[:count].tolist())
 
 

@@ -110,7 +110,7 @@ class _Coupling:
         """(S S')^1/2 has the trace of (F^T S' F)^1/2, which is symmetric: no eigenvalue strays off the real line."""
         shift = self.made.mean - self.reference.mean
         spread = self.made.covariance.trace() + self.reference.covariance.trace() - 2 * self.values.sqrt().sum()
-        return float(shift @ shift + spread)
+        return max(float(shift @ shift + spread), 0.0)  # rounding may leave a trace of less, and no distance is
 
     def influences(self, made: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """How much more of each image would move the distance, up to a constant: [N] and [M].

@@ -1,10 +1,10 @@
 """What stands around a curve: its 95 % interval, and what real images score."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from eclosion.evaluation.comparing import how_measured
 from eclosion.report.curves import Series, short
 from eclosion.report.reading import Run, dig, finite, is_count
 
@@ -61,7 +61,7 @@ def _with_results(series: Series, results: list[dict[str, Any]]) -> Series:
     """
     rows = dict(_rows_of(series, results))
     last = next((rows[step] for step in reversed(series.steps) if step in rows), None)
-    other = {step for step, row in rows.items() if last is not None and _how(row) != _how(last)}
+    other = {step for step, row in rows.items() if last is not None and how_measured(row) != how_measured(last)}
     compare = [pair for pair in zip(series.steps, series.values, strict=True) if pair[0] not in other]
     series = replace(series, steps=[step for step, _ in compare], values=[value for _, value in compare])
     told = list(_told(last or {}))
@@ -74,25 +74,10 @@ def _with_results(series: Series, results: list[dict[str, Any]]) -> Series:
     return _with_interval(series, known, finite(dig(last, "floor", "value")), told)
 
 
-def _how(row: Mapping[str, Any]) -> dict[str, str]:
-    """All that a score depends on besides the weights, by what to call it: only scores that agree in it compare."""
-    found = {
-        "metric": row.get("metric"),
-        "n": row.get("n"),
-        "seed": (row.get("seed"), dig(row, "made", "seed")),
-        "extractor": dig(row, "extractor", "fingerprint"),
-        "sampler": dig(row, "made", "sampler"),
-        "guidance": dig(row, "made", "guidance_scale"),
-        "reference": (row.get("n_reference"), dig(row, "against", "fingerprint")),
-        "training images": dig(row, "train", "fingerprint"),
-    }
-    return {name: json.dumps(value, sort_keys=True, default=str) for name, value in found.items()}
-
-
 def _differences(rows: Mapping[int, dict[str, Any]], other: set[int], last: Mapping[str, Any]) -> Iterator[str]:
-    wanted = _how(last)
+    wanted = how_measured(last)
     for step in other:
-        yield from (name for name, value in _how(rows[step]).items() if value != wanted[name])
+        yield from (name for name, value in how_measured(rows[step]).items() if value != wanted[name])
 
 
 def _rows_of(series: Series, results: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -124,10 +109,12 @@ def _told(row: Mapping[str, Any]) -> Iterator[str]:
             else ""
         )
         yield f"{counts[0]:,} images{against}."
-    floor, n = finite(dig(row, "floor", "value")), dig(row, "floor", "n")
-    if floor is not None:
-        yield f"Dashed: real images against real images, {short(floor)}" + (f" (n = {n:,})." if is_count(n) else ".")
-    if row.get("better") in ("lower", "higher"):
+    floor, error, n = (dig(row, "floor", name) for name in ("value", "error", "n"))
+    if (floor := finite(floor)) is not None:
+        spread = "" if finite(error) is None else f" ± {short(error)}"
+        size = f" (n = {n:,})" if is_count(n) else ""
+        yield f"Dashed: real images against real images, {short(floor)}{spread}{size}."
+    if row.get("better") in ("lower", "higher", "near 0.5"):
         yield f"{str(row['better']).capitalize()} is better."
 
 

@@ -6,7 +6,7 @@ on with the run, and is not begun anew.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,6 +18,7 @@ from eclosion.checkpoint.disk import make_folder
 from eclosion.config.schema import RunConfig
 from eclosion.data.source import Samples
 from eclosion.device import pick_device
+from eclosion.evaluation.comparing import how_measured
 from eclosion.evaluation.images import Seen
 from eclosion.evaluation.made import TaskImages, digest_of_weights
 from eclosion.evaluation.measuring import Measured, measure
@@ -247,11 +248,8 @@ def _decides(c: "Context", measured: Measured) -> bool:
 
 
 def _what_decides(row: Result) -> str:
-    """A score, and all that it depends on besides the weights: only such scores compare."""
-    against: Mapping[str, Any] = row.against or {}
-    made = {key: row.made.get(key) for key in ("seed", "sampler", "guidance_scale", "precision", "size")}
-    seen = row.extractor.fingerprint if row.extractor else None
-    told = repr((row.metric, row.n, row.n_reference, row.seed, seen, made, against.get("fingerprint")))
+    """A score, and all that it depends on besides the weights."""
+    told = repr(how_measured(row.as_dict()))
     return f"{row.key.removeprefix('evaluate/')} ({blake2b(told.encode(), digest_size=8).hexdigest()})"
 
 
