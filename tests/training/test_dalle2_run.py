@@ -10,6 +10,7 @@ import torch
 from eclosion import check, train
 from eclosion.config.load import read_file
 from eclosion.data.source import part_of_data
+from eclosion.rng import generator
 from eclosion.rundir import RunDir
 from eclosion.sampling import load_trained, make_images, to_uint8
 from eclosion.sampling.examples import from_samples, prepared
@@ -117,12 +118,13 @@ def test_metrics_of_the_original_are_what_torchmetrics_finds_on_the_same_images(
     trained = load_trained(run.root, device="cpu")
     val = part_of_data(trained.run.data.source, "val").open()
     batch = from_samples(val, trained.run.data, None, seed=0)
+    order = generator(0, "examples", val.fingerprint).permutation(len(val))
     made = make_images(
         trained.task,
         range(40),
         seed=trained.run.evaluate.seed,
         sampler=trained.run.evaluate.sampler,
-        examples=prepared(trained.task, batch, trained.device),
+        examples=prepared(trained.task, batch, trained.device).rows([order[i % len(val)] for i in range(40)]),
         batch_size=8,
     )
     theirs = fid.FrechetInceptionDistance(**path)
